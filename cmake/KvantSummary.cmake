@@ -1,0 +1,6 @@
+message(STATUS "kvant ${PROJECT_VERSION}: ${CMAKE_BUILD_TYPE}, sanitizers: '${KV_SANITIZE}'")
+message(STATUS "  transport loopback: yes")
+message(STATUS "  transport tcp:      yes (libzmq ${ZMQ_VERSION})")
+message(STATUS "  transport mpi:      ${KV_HAVE_MPI} (KV_MPI=${KV_MPI}, MPI ${MPI_C_VERSION})")
+message(STATUS "  libibverbs headers: ${KV_HAVE_VERBS} (KV_VERBS=${KV_VERBS}; the verbs backend is not built yet)")
+message(STATUS "  tests: ${KV_TESTS}, fuzzers: ${KV_FUZZ}")

@@ -1,0 +1,66 @@
+// Dense layers. Weights are bf16 as in the checkpoint: [out_features][in_features], row-major.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "base/status.h"
+
+namespace kvant::kernels {
+
+// Threads that kernels may use, owned by main(). Work is split into fixed pieces, so that results
+// do not depend on the number of threads. Thread-safe: one ParallelFor at a time.
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+  int threads() const;
+  // Runs body(piece) for every piece in [0, pieces); returns when all are done.
+  template <typename Body>
+  void ParallelFor(int pieces, const Body& body) {
+    Run(
+        pieces, [](const void* context, int piece) { (*static_cast<const Body*>(context))(piece); },
+        &body);
+  }
+
+ private:
+  void Run(int pieces, void (*call)(const void*, int), const void* context);
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// OpenBLAS is looked up at run time, after its core type was chosen: SkylakeX where the CPU has
+// AVX-512 and the environment does not set OPENBLAS_CORETYPE. It always runs with one thread; the
+// pool splits the work. Call once from main() before any product; later calls return the first
+// result. kUnsupported: the library was not found (names the package to install).
+Status LoadBlas();
+// What OpenBLAS reports, e.g. "SkylakeX". REQUIRES: LoadBlas() was ok.
+std::string BlasCoreType();
+
+// Rows that every PrefillLinear product has: a fixed shape, so that a row's bits never depend on
+// its company (DESIGN section 10: OpenBLAS results differ with the row count).
+inline constexpr int kPrefillRows = 64;
+
+// A weight matrix in the two forms that are needed. Immutable.
+struct Weight {
+  const uint16_t* bf16 = nullptr;  // [out][in]; for decode
+  const float* fp32 = nullptr;     // [out][in]; for prefill
+  int out_features = 0;
+  int in_features = 0;
+};
+
+// y[64][out] = x[64][in] * W^T through sgemm, in panels of fixed width over `pool`.
+void PrefillLinear(const Weight& weight, const float* x, float* y, ThreadPool* pool);
+// y[rows][out] = x[rows][in] * W^T. A row's result does not depend on `rows`.
+void DecodeLinear(const Weight& weight, const float* x, int rows, float* y, ThreadPool* pool);
+
+uint16_t ToBf16(float value);  // round to nearest even; NaN stays NaN
+float FromBf16(uint16_t bits);
+uint16_t ToFp16(float value);
+float FromFp16(uint16_t bits);
+
+}  // namespace kvant::kernels
