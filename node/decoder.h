@@ -1,0 +1,109 @@
+// The forward pass. Prefill computes one block of up to 64 tokens in a fixed shape and attends
+// every earlier block as it is stored, so that a block's bytes are a function of its tokens and its
+// class alone. Decode computes one token for each of several sequences; a row's result does not
+// depend on the other rows.
+//
+// How a sequence of n prompt tokens is computed: blocks cover the tokens [0, n-1), whole ones and
+// a shorter tail; the last prompt token is the first decode row, whose logits choose the first new
+// token. The tokens that follow stay raw in the sequence's OpenTile, which its owner encodes into a
+// block when it is full.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "base/status.h"
+#include "kernels/attention.h"
+#include "kernels/linear.h"
+#include "node/model.h"
+
+namespace kvant::node {
+
+// Tokens of a block, and rows of a prefill.
+inline constexpr int kBlockTokens = kernels::kPrefillRows;
+// Rows that one DecodeStep may have.
+inline constexpr int kMaxDecodeRows = 64;
+
+// The encoded blocks of one sequence's past, oldest first. Called only on the thread that called
+// the Decoder.
+class PastBlocks {
+ public:
+  virtual ~PastBlocks() = default;
+  // Tokens of all blocks together.
+  virtual int tokens() const = 0;
+  virtual int blocks() const = 0;
+  // Gives one layer of one block. May wait for its bytes to arrive, within a deadline of its own.
+  // The ranges stay valid until the Decoder's call returns. An error fails that row only.
+  virtual Status Layer(int block, int layer, kernels::LayerTile* out) = 0;
+};
+
+// Raw fp32 keys and values of the tokens since a sequence's last encoded block. Single-owner.
+class OpenTile {
+ public:
+  explicit OpenTile(const ModelConfig& config);
+  int tokens() const { return tokens_; }
+  bool full() const { return tokens_ == kBlockTokens; }
+  const float* keys(int layer) const;    // [tokens][kv_heads][head_dim], rope applied
+  const float* values(int layer) const;  // [tokens][kv_heads][head_dim]
+  void Clear() { tokens_ = 0; }
+
+ private:
+  friend class Decoder;
+  float* SlotOf(int layer, bool value, int token);
+
+  int kv_width_;
+  int tokens_ = 0;
+  std::vector<float> data_;  // [layers][keys, values][kBlockTokens][kv_heads][head_dim]
+};
+
+// A block to compute. REQUIRES: past->tokens() == position and a multiple of kBlockTokens; tokens
+// inside the vocabulary; position + tokens.size() <= max_positions.
+struct PrefillBlock {
+  std::span<const int32_t> tokens;  // 1..kBlockTokens
+  int position = 0;                 // of the first token
+  PastBlocks* past = nullptr;
+};
+
+// Takes a layer's keys (rope applied) and values as they are computed:
+// [tokens][kv_heads][head_dim], valid for the call. Layers come in order. An error ends the prefill
+// with it.
+using LayerSink = std::function<Status(int layer, const float* keys, const float* values)>;
+
+// One sequence's next token. REQUIRES: past->tokens() + open->tokens() == position <
+// max_positions; open is not full; token inside the vocabulary; no two rows share an open tile.
+struct DecodeRow {
+  int32_t token = 0;
+  int position = 0;
+  PastBlocks* past = nullptr;
+  OpenTile* open = nullptr;  // gets the token's keys and values if status is ok
+  Status status;             // set by DecodeStep
+};
+
+// Single-owner; several may share one model. Owns the activations.
+class Decoder {
+ public:
+  // Both are borrowed. REQUIRES: kernels::LoadBlas() was ok before the first Prefill.
+  Decoder(const Model* model, kernels::ThreadPool* pool);
+  ~Decoder();
+  Decoder(const Decoder&) = delete;
+  Decoder& operator=(const Decoder&) = delete;
+
+  // Errors are those of `past` and `sink`. logits: nullptr, or [tokens][vocab].
+  Status Prefill(const PrefillBlock& block, const LayerSink& sink, float* logits);
+
+  // Computes all rows (1..kMaxDecodeRows). A row whose past fails gets that status, keeps its open
+  // tile as it was and leaves its logits undefined; the other rows are not affected.
+  // logits: [rows][vocab].
+  void DecodeStep(std::span<DecodeRow> rows, float* logits);
+
+ private:
+  struct Activations;
+  const Model* model_;
+  kernels::ThreadPool* pool_;
+  std::unique_ptr<Activations> activations_;
+};
+
+}  // namespace kvant::node

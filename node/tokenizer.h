@@ -1,0 +1,74 @@
+// Text to token ids and back, as tokenizer.json says: byte-level BPE (Sennrich et al., 2016;
+// GPT-2's byte alphabet) with the pre-tokenizers and post-processors that Llama-family models use.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/status.h"
+
+namespace kvant::node {
+
+// Immutable, Thread-safe. The same ids as the Python package `tokenizers` for what it accepts:
+// model BPE with a ByteLevel decoder; normalizer none or NFC; pre-tokenizers ByteLevel, Split
+// (Isolated, Removed), Digits and sequences of them; post-processors ByteLevel, TemplateProcessing
+// and sequences of them; added tokens without lstrip, rstrip, single_word.
+class Tokenizer {
+ public:
+  // kInvalidArgument: unreadable or malformed (says where). kUnsupported: names the part that is
+  // not implemented and what is.
+  static Result<std::unique_ptr<Tokenizer>> Load(const std::filesystem::path& tokenizer_json);
+  // `name` is the file named in errors.
+  static Result<std::unique_ptr<Tokenizer>> Parse(std::string_view json, const std::string& name);
+  ~Tokenizer();
+  Tokenizer(const Tokenizer&) = delete;
+  Tokenizer& operator=(const Tokenizer&) = delete;
+
+  // add_special: put around the text what the post-processor's template says (usually a BOS).
+  // Special tokens written in the text become their ids in either case, as in Hugging Face.
+  // kInvalidArgument: the text is not UTF-8 (says at which byte), or a pattern gave up on it.
+  // kUnsupported: the normalizer is NFC and the text has characters that NFC might change.
+  Result<std::vector<int32_t>> Encode(std::string_view text, bool add_special) const;
+
+  // Always valid UTF-8: what is not becomes U+FFFD, one per maximal invalid part. Ids that the
+  // vocabulary lacks are skipped; special tokens too if skip_special.
+  std::string Decode(std::span<const int32_t> ids, bool skip_special = true) const;
+
+  // The bytes that a token stands for; empty for ids that the vocabulary lacks.
+  std::string_view TokenBytes(int32_t id) const;
+  // The id of a token as written in the vocabulary, e.g. "<|begin_of_text|>".
+  std::optional<int32_t> FindToken(std::string_view token) const;
+  bool IsSpecial(int32_t id) const;
+  // One more than the largest id.
+  int vocab_size() const;
+
+ private:
+  struct Parts;
+  explicit Tokenizer(std::unique_ptr<Parts> parts);
+  std::unique_ptr<Parts> parts_;
+};
+
+// Decodes ids one by one: the pieces, put together, are Decode() of all of them. Bytes that may be
+// the beginning of a character are held back until it is complete. Single-owner.
+class StreamDecoder {
+ public:
+  // `tokenizer` is borrowed.
+  explicit StreamDecoder(const Tokenizer* tokenizer, bool skip_special = true)
+      : tokenizer_(tokenizer), skip_special_(skip_special) {}
+  std::string Push(int32_t id);
+  // What is still held back; the decoder may be used for a new text afterwards.
+  std::string Finish();
+
+ private:
+  const Tokenizer* tokenizer_;
+  bool skip_special_;
+  std::string held_;  // at most 3 bytes, the valid beginning of a character
+};
+
+}  // namespace kvant::node
