@@ -17,6 +17,8 @@ namespace kvant::kernels {
 
 inline constexpr int kMaxCuts = 4;
 inline constexpr int kMaxBlockTokens = 64;
+inline constexpr int kMaxHeadDim = 1024;
+inline constexpr int kMaxKvHeads = 1024;
 
 enum class SegmentKind : uint8_t { kKey = 0, kValue = 1 };
 
@@ -24,9 +26,11 @@ enum class CodecId : uint8_t { kRawBf16 = 1, kTile8 = 2, kTile4 = 3, kRawFp16 = 
 
 struct SegmentShape {
   int tokens = 0;    // 1..kMaxBlockTokens
-  int kv_heads = 0;  // >= 1
-  int head_dim = 0;  // multiple of 8, <= 1024
+  int kv_heads = 0;  // 1..kMaxKvHeads
+  int head_dim = 0;  // multiple of 8, <= kMaxHeadDim
 };
+// A geometry from outside is asked here before anything is computed with it.
+bool ShapeIsValid(const SegmentShape& shape);
 
 // The ranges of one segment, from the base on; `cuts` of them are present.
 struct SegmentRanges {
@@ -45,10 +49,15 @@ struct Codec {
   int value_cuts;
   int bits_per_cut[kMaxCuts];  // bits per element that each cut adds, scales not counted
 
+  // Cuts of this kind of segment.
+  int cuts(SegmentKind kind) const { return kind == SegmentKind::kKey ? key_cuts : value_cuts; }
+
+  // All functions REQUIRE a shape that ShapeIsValid.
   // Bytes of range `cut` of a segment.
   size_t (*range_bytes)(SegmentKind, const SegmentShape&, int cut);
-  // Writes all ranges. x: [tokens][kv_heads][head_dim], finite. Returns the largest absolute
-  // reconstruction error at each cut in `max_error`[cuts].
+  // Writes all ranges. x: [tokens][kv_heads][head_dim], finite; magnitudes that a format can't hold
+  // are clamped to its largest. max_error[cuts] takes a bound on the absolute reconstruction error
+  // at each cut, at most one unit in the last place above the largest error.
   void (*encode)(SegmentKind, const SegmentShape&, const float* x, const MutableSegmentRanges& out,
                  float* max_error);
   // The only entry for bytes that nobody vouches for: kDataLoss when they are not well-formed (a

@@ -53,9 +53,11 @@ struct Weight {
   int in_features = 0;
 };
 
-// y[64][out] = x[64][in] * W^T through sgemm, in panels of fixed width over `pool`.
+// y[64][out] = x[64][in] * W^T through sgemm, in panels of fixed width over `pool`; pool ==
+// nullptr: the calling thread alone, same bits. REQUIRES: LoadBlas() was ok.
 void PrefillLinear(const Weight& weight, const float* x, float* y, ThreadPool* pool);
-// y[rows][out] = x[rows][in] * W^T. A row's result does not depend on `rows`.
+// y[rows][out] = x[rows][in] * W^T. A row's result does not depend on `rows`, nor on `pool`, which
+// may be nullptr.
 void DecodeLinear(const Weight& weight, const float* x, int rows, float* y, ThreadPool* pool);
 
 uint16_t ToBf16(float value);  // round to nearest even; NaN stays NaN

@@ -1,0 +1,62 @@
+// What a decoder computes besides products and attention: norms, gates, rotary positions, softmax.
+// Sums have one fixed order on every machine, so a row's bits never depend on its company.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace kvant::kernels {
+
+// out[r] = x[r] / sqrt(mean(x[r]^2) + epsilon) * weight. x, out: [rows][width]; weight: [width].
+// out may be x. A row's result does not depend on the other rows.
+void RmsNorm(const float* x, const float* weight, int rows, int width, float epsilon, float* out);
+
+// gate = silu(gate) * up, element by element; silu(g) = g / (1 + exp(-g)).
+void SiluMultiply(float* gate, const float* up, size_t count);
+
+// x += y, element by element (the residual stream).
+void AddInPlace(float* x, const float* y, size_t count);
+
+// x = exp(x - max) / sum, in place. REQUIRES: count > 0 and at least one finite element.
+void Softmax(float* x, size_t count);
+
+// Checkpoint formats to fp32 and back, many at a time; rounding as ToBf16 and ToFp16 (linear.h).
+void WidenBf16(const uint16_t* in, float* out, size_t count);
+void WidenFp16(const uint16_t* in, float* out, size_t count);
+void NarrowBf16(const float* in, uint16_t* out, size_t count);
+
+// How rotary frequencies are stretched beyond the trained context; config.json's "rope_scaling".
+struct RopeScaling {
+  enum class Kind : uint8_t { kNone, kLinear, kLlama3 };
+  Kind kind = Kind::kNone;
+  double factor = 1.0;                          // kLinear, kLlama3
+  double low_freq_factor = 1.0;                 // kLlama3
+  double high_freq_factor = 4.0;                // kLlama3
+  int original_max_position_embeddings = 8192;  // kLlama3
+};
+
+// The angular frequencies of rotary embedding [head_dim / 2], radians per position
+// (Su et al., 2021; Llama 3's scaling as in transformers' modeling_rope_utils.py).
+std::vector<double> RopeFrequencies(int head_dim, double theta, const RopeScaling& scaling);
+
+// Cosines and sines of every position, computed in double and kept in fp32. Immutable.
+class RopeTable {
+ public:
+  // REQUIRES: head_dim even; max_positions > 0.
+  RopeTable(int head_dim, double theta, const RopeScaling& scaling, int max_positions);
+
+  // Rotates x: [heads][head_dim] at `position`, in the "rotate_half" layout of Hugging Face
+  // checkpoints: channel i pairs with channel i + head_dim / 2.
+  // REQUIRES: 0 <= position < max_positions().
+  void Apply(float* x, int heads, int position) const;
+  int max_positions() const { return max_positions_; }
+
+ private:
+  int half_;
+  int max_positions_;
+  std::vector<float> cos_;  // [max_positions][head_dim / 2]
+  std::vector<float> sin_;
+};
+
+}  // namespace kvant::kernels
