@@ -11,6 +11,18 @@
 //   4. After kClosed nothing more arrives from that endpoint, and all its transfers have completed.
 //   5. Bytes land only inside a window that was exposed to that peer and is not revoked.
 // Wire faults may break 3 and the bytes themselves: whoever uses bytes verifies their checksums.
+//
+// What a kTransferDone says:
+//   - ok of a write: the bytes left local memory, which may be reused. They have landed when the
+//   peer
+//     says so (its kWritten, a message of its own). A peer discards, without a word to the writer,
+//     what it did not expose or has revoked; no kWritten follows there.
+//   - ok of a read: the bytes have landed in local memory. kPermissionDenied: the peer does not
+//   expose
+//     that range to us (any more).
+//   - kInvalidArgument: local memory is not registered, the range lies outside the remote window,
+//     or the transfer is longer than max_transfer_bytes. Nothing was sent.
+//   - kCancelled: our Close came first. kUnavailable: the connection broke.
 #pragma once
 
 #include <cstddef>
@@ -37,7 +49,7 @@ struct RemoteWindow {
   uint64_t length = 0;  // bytes
 };
 
-enum class Access : uint8_t { kRemoteRead = 1, kRemoteWrite = 2 };
+enum class Access : uint8_t { kRemoteRead = 1, kRemoteWrite = 2, kRemoteReadWrite = 3 };
 
 // One contiguous range between registered local memory and a peer's window.
 struct Transfer {
@@ -56,7 +68,7 @@ struct Event {
     kMessage,       // endpoint, message
     kTransferDone,  // endpoint, cookie, status
     kWritten,       // endpoint, window, immediate: a peer's write with immediate has landed
-    kClosed,        // endpoint, status: why
+    kClosed,        // endpoint, status: ok after a Close on either side, else what broke
   };
   Kind kind = Kind::kMessage;
   EndpointId endpoint = 0;
@@ -82,6 +94,7 @@ struct Capabilities {
   std::string_view name;         // "loopback", "mpi", "tcp"
   size_t max_message_bytes = 0;  // Send refuses more
   size_t max_outstanding = 0;    // transfers in flight on one endpoint; Submit refuses more
+  uint64_t max_transfer_bytes = 0;
   bool crosses_processes = false;
   bool detects_peer_death = false;  // kClosed arrives when the peer's process dies
 };
