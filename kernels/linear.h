@@ -45,9 +45,10 @@ std::string BlasCoreType();
 // its company (DESIGN section 10: OpenBLAS results differ with the row count).
 inline constexpr int kPrefillRows = 64;
 
-// A weight matrix in the two forms that are needed. Immutable.
+// A weight matrix in the two forms that are needed. Immutable. bf16 is null where the checkpoint is
+// not bf16 (rounding it would lose bits); DecodeLinear reads fp32 then.
 struct Weight {
-  const uint16_t* bf16 = nullptr;  // [out][in]; for decode
+  const uint16_t* bf16 = nullptr;  // [out][in]; for decode; may be null
   const float* fp32 = nullptr;     // [out][in]; for prefill
   int out_features = 0;
   int in_features = 0;

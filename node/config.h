@@ -9,24 +9,9 @@
 #include <vector>
 
 #include "base/status.h"
+#include "kernels/vector.h"
 
 namespace kvant::node {
-
-// How rotary frequencies are made from theta (transformers, modeling_rope_utils.py).
-enum class RopeType : uint8_t {
-  kDefault,  // theta^(-2i/head_dim)
-  kLinear,   // the same, divided by factor
-  kLlama3,   // low frequencies divided by factor, high ones kept, a smooth band between
-};
-
-struct RopeConfig {
-  RopeType type = RopeType::kDefault;
-  double theta = 10000.0;
-  double factor = 1.0;            // linear, llama3
-  double low_freq_factor = 1.0;   // llama3
-  double high_freq_factor = 4.0;  // llama3
-  int original_positions = 8192;  // llama3: context the model was first trained for
-};
 
 // Architectures whose forward pass node/decoder.cc knows.
 enum class Architecture : uint8_t { kLlama };
@@ -45,7 +30,8 @@ struct ModelConfig {
   int max_positions = 0;  // longest context, in tokens
   float rms_norm_eps = 1e-6F;
   bool tied_output = false;  // the output layer is the embedding table
-  RopeConfig rope;
+  double rope_theta = 10000.0;
+  kernels::RopeScaling rope_scaling;
   std::optional<int32_t> bos;
   std::vector<int32_t> eos;  // any of them ends a generation; may be empty
 

@@ -11,6 +11,7 @@
 
 #include "base/status.h"
 #include "kernels/linear.h"
+#include "kernels/vector.h"
 #include "node/config.h"
 #include "node/safetensors.h"
 #include "node/tokenizer.h"
@@ -50,6 +51,7 @@ class Model {
   const float* final_norm() const { return final_norm_; }          // [hidden]
   const kernels::Weight& embedding() const { return embedding_; }  // [vocab][hidden]
   const kernels::Weight& output() const { return output_; }        // [vocab][hidden]
+  const kernels::RopeTable& rope() const { return *rope_; }        // max_positions of the config
   // Writes the embedding of `token` to out[hidden]. REQUIRES: 0 <= token < vocab.
   void Embed(int32_t token, float* out) const;
   // SHA-256 over what the bytes of a block depend on besides its tokens: the configuration and
@@ -64,6 +66,7 @@ class Model {
   ModelConfig config_;
   std::unique_ptr<Tokenizer> tokenizer_;
   std::unique_ptr<Checkpoint> checkpoint_;
+  std::unique_ptr<kernels::RopeTable> rope_;
   std::vector<LayerWeights> layers_;
   const float* final_norm_ = nullptr;
   kernels::Weight embedding_;
