@@ -32,3 +32,12 @@ target_compile_options(headers_alone PRIVATE -O0)
 add_test(NAME headers_alone
   COMMAND ${CMAKE_COMMAND} --build ${CMAKE_BINARY_DIR} --target headers_alone)
 set_tests_properties(headers_alone PROPERTIES LABELS tidy TIMEOUT 600)
+
+# The sanitizers' flags are not exported, so a consumer links an unsanitized build only.
+if(NOT KV_SANITIZE)
+  add_test(NAME install_consumer
+    COMMAND ${CMAKE_COMMAND} -DBUILD=${CMAKE_BINARY_DIR} -DSOURCE=${CMAKE_SOURCE_DIR}
+      -DSCRATCH=${CMAKE_CURRENT_BINARY_DIR}/install_consumer
+      -P ${CMAKE_CURRENT_SOURCE_DIR}/install_consumer.cmake)
+  set_tests_properties(install_consumer PROPERTIES LABELS tidy TIMEOUT 300)
+endif()
