@@ -1,8 +1,9 @@
 // The node's side of the cache as a state machine: lookups, fetches and puts over all shards.
 //
-// Every operation ends with exactly one done event, whatever becomes of shards and wires. An
-// operation with memory (fetch, put) then gives that memory back with exactly one kReleased, which
-// may come later: until then bytes may still land in it, and it must not be lent again.
+// Every operation ends with exactly one done event, whatever becomes of shards and wires. Its
+// buffer is a lease that caller and client share: the client drops its share with the done event,
+// and the memory goes back to the arena when the caller has dropped it too and no byte can land in
+// it any more.
 #pragma once
 
 #include <array>
@@ -19,17 +20,12 @@
 #include "cache_service/block_key.h"
 #include "cache_service/manifest.h"
 #include "cluster/shard_map.h"
+#include "transport/arena.h"
 
 namespace kvant {
 
 // Names an operation of one client; never reused, 0 is none.
 using OpId = uint64_t;
-
-// A stretch of the client's registered region.
-struct ArenaRange {
-  uint64_t offset = 0;
-  uint64_t length = 0;
-};
 
 enum class LookupState : uint8_t {
   kAbsent,
@@ -47,12 +43,12 @@ struct FetchItem {
   BlockKey key;
   uint64_t run = 0;  // RunOf(chain, index)
   Selection selection;
-  uint64_t offset = 0;    // from the start of the fetch's buffer
+  uint64_t offset = 0;    // from the start of the lease
   uint64_t capacity = 0;  // bytes there for this item; the selection must fit (SelectedBytes)
 };
 struct FetchRequest {
-  std::vector<FetchItem> items;  // a key may stand in several, with other layers
-  ArenaRange buffer;             // items' places must not overlap
+  std::vector<FetchItem> items;   // a key may stand in several, with other layers
+  std::shared_ptr<Lease> buffer;  // items' places must not overlap
   TimePoint deadline{};
 };
 
@@ -61,8 +57,8 @@ struct PutRequest {
   BlockKey parent;
   uint64_t run = 0;
   uint64_t payload_bytes = 0;
-  size_t manifest_rows = 0;  // the most that Seal will bring
-  ArenaRange buffer;         // the payload: buffer.offset + payload offset; length >= payload_bytes
+  size_t manifest_rows = 0;       // the most that Seal will bring
+  std::shared_ptr<Lease> buffer;  // payload at offset 0; at least payload_bytes long
   TimePoint deadline{};
 };
 
@@ -74,7 +70,6 @@ struct ClientEvent {
     kFetchDone,  // status: ok if every item ended ok (absent counts as ok), else the first that did
                  // not
     kPutDone,    // status, already_there: ok and already_there when somebody else put it first
-    kReleased,   // the buffer of a fetch or put may be used again
     kPinDone,    // status
     kStatsDone,  // status, text: JSON of one shard
   };
@@ -113,12 +108,12 @@ struct ClientStats {
   uint64_t deadlines_missed = 0;
 };
 
-// Single-owner. Talks to all shards of one map. Buffers lie in one registered region, of which each
-// operation exposes only its own stretch, only to the shards it asks, only until it is done.
+// Single-owner. Talks to all shards of one map. Buffers are leases of one registered arena, of
+// which each operation exposes only its own, only to the shards it asks, only until it is done.
 class CacheClient {
  public:
-  // region: outlives the client.
-  CacheClient(ShardMap map, MemoryRegion* region, CacheClientOptions options = {});
+  // arena: outlives the client; all buffers are its leases.
+  CacheClient(ShardMap map, RegisteredArena* arena, CacheClientOptions options = {});
   ~CacheClient();
 
   // The pump says that a shard is reached through this endpoint now. Its kClosed ends that.
@@ -131,7 +126,7 @@ class CacheClient {
   OpId Lookup(std::span<const BlockKey> chain, Duration lease, TimePoint deadline, TimePoint now);
   OpId Fetch(FetchRequest request, TimePoint now);
   // Reserves a block. Its bytes are announced by PutReady as they are computed, in any order; they
-  // must not change until kReleased.
+  // must not change until kPutDone.
   OpId BeginPut(const PutRequest& request, TimePoint now);
   // [payload_offset, + length) stands in the buffer: the shard may read it. An unknown or ended op
   // is ignored, here and below.
@@ -155,7 +150,7 @@ class CacheClient {
   void TakeActions(std::vector<Action>* out);
   // Appends what happened, in order, and forgets it.
   void TakeEvents(std::vector<ClientEvent>* out);
-  // Operations whose done or kReleased event has not been given yet.
+  // Operations whose done event has not been given yet.
   size_t open_operations() const;
   const ClientStats& stats() const;
 

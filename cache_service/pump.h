@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
-#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -15,9 +14,9 @@
 #include "base/status.h"
 #include "cache_service/actions.h"
 #include "cache_service/cache_client.h"
-#include "cache_service/extent_allocator.h"
 #include "cache_service/shard_server.h"
 #include "cluster/shard_map.h"
+#include "transport/arena.h"
 #include "transport/transport.h"
 
 namespace kvant {
@@ -75,7 +74,6 @@ class ServerPump {
 
 struct CacheConnectionOptions {
   uint64_t arena_bytes = uint64_t{64} << 20;  // for buffers of fetches and puts
-  uint32_t max_buffers = 4096;
   Duration connect_timeout = std::chrono::seconds(2);
   // A shard that could not be reached is tried again after this, doubled up to the maximum.
   Duration reconnect_after = std::chrono::milliseconds(50);
@@ -83,7 +81,7 @@ struct CacheConnectionOptions {
   CacheClientOptions client{};
 };
 
-// What a node holds: the connection to all shards of a map. Owns arena, region and client; borrows
+// What a node holds: the connection to all shards of a map. Owns arena and client; borrows
 // the transport, which it may share with others in the same thread. Single-owner.
 class CacheConnection {
  public:
@@ -95,11 +93,8 @@ class CacheConnection {
 
   CacheClient& client() { return *client_; }
   const ShardMap& map() const { return client_->map(); }
-  // Buffers for fetches and puts. nullopt: none free now, Poll until some kReleased came.
-  std::optional<ArenaRange> Lend(uint64_t bytes);
-  // REQUIRES: `range` came from Lend; the operation that used it was released.
-  void Return(const ArenaRange& range);
-  std::span<std::byte> bytes(const ArenaRange& range);
+  // A buffer for a fetch or put. kResourceExhausted: none free now; Poll until operations ended.
+  Result<std::shared_ptr<Lease>> Lend(uint64_t bytes);
 
   // One round: polls the transport, steps the client, acts, reconnects, appends what happened.
   // Transport events of other endpoints go to `foreign`, or are lost if it is null.
@@ -113,7 +108,7 @@ class CacheConnection {
   // For simple programs: start one operation, wait for it. Events of other operations meanwhile are
   // kept for the next Poll; foreign transport events are lost.
   Result<ClientEvent> LookupBlocking(std::span<const BlockKey> chain, Duration at_most);
-  // Returns the kItemDone events in order of the items, after kReleased of the buffer.
+  // Returns the kItemDone events in order of the items.
   Result<std::vector<ClientEvent>> FetchBlocking(FetchRequest request, Duration at_most);
   // buffer: holds the payload. Returns kPutDone's outcome: true if stored, false if already there.
   Result<bool> PutBlocking(const PutRequest& request, const BlockManifest& manifest,
@@ -130,16 +125,13 @@ class CacheConnection {
                   CacheConnectionOptions options);
   void Connect(size_t shard, TimePoint now);
   bool Reconnect(TimePoint now);
-  // Polls until `done` accepts an event, or kReleased of `op` if `until_released`.
-  Status RunUntil(OpId op, Duration at_most, bool until_released, std::vector<ClientEvent>* of_op);
+  // Polls until the done event of `op`; collects all its events.
+  Status RunUntil(OpId op, Duration at_most, std::vector<ClientEvent>* of_op);
 
   Transport* transport_;
   const Clock* clock_;
   CacheConnectionOptions options_;
-  std::unique_ptr<std::byte[]> arena_;
-  std::unique_ptr<MemoryRegion> region_;
-  ExtentAllocator buffers_;
-  std::unordered_map<uint64_t, Extent> lent_;
+  std::unique_ptr<RegisteredArena> arena_;
   std::unique_ptr<CacheClient> client_;
   std::vector<ShardLink> links_;
   ActionQueue queue_;
