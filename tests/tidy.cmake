@@ -41,3 +41,11 @@ if(NOT KV_SANITIZE)
       -P ${CMAKE_CURRENT_SOURCE_DIR}/install_consumer.cmake)
   set_tests_properties(install_consumer PROPERTIES LABELS tidy TIMEOUT 300)
 endif()
+
+# The committed examples are what their generator writes.
+find_package(Python3 COMPONENTS Interpreter)
+if(Python3_FOUND)
+  add_test(NAME examples_generated
+    COMMAND ${Python3_EXECUTABLE} ${CMAKE_SOURCE_DIR}/scripts/make-requests --check)
+  set_tests_properties(examples_generated PROPERTIES LABELS tidy TIMEOUT 60)
+endif()
