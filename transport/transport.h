@@ -72,9 +72,9 @@ struct Event {
   };
   Kind kind = Kind::kMessage;
   EndpointId endpoint = 0;
-  std::vector<std::byte> message;
+  std::vector<std::byte> message{};
   uint64_t cookie = 0;
-  Status status;
+  Status status{};
   uint64_t window = 0;
   uint32_t immediate = 0;
 };
@@ -88,6 +88,8 @@ struct LinkCounters {
   uint64_t payload_bytes_received = 0;
   uint64_t messages_sent = 0;
   uint64_t transfers_submitted = 0;
+
+  LinkCounters& operator+=(const LinkCounters& more);
 };
 
 struct Capabilities {
@@ -99,7 +101,8 @@ struct Capabilities {
   bool detects_peer_death = false;  // kClosed arrives when the peer's process dies
 };
 
-// A connection to one peer. Owned by its Transport; valid until kClosed was polled.
+// A connection to one peer. Owned by its Transport; valid until the Poll after the one that brought
+// kClosed.
 class Endpoint {
  public:
   virtual ~Endpoint() = default;
