@@ -84,7 +84,9 @@ const std::vector<File>& Tree() {
   return files;
 }
 
-bool IsCpp(const File& file) { return file.extension == ".cc" || file.extension == ".h"; }
+bool IsCpp(const File& file) {
+  return file.extension == ".cc" || file.extension == ".h" || file.extension == ".inc";
+}
 
 bool IsCMake(const File& file) {
   return file.extension == ".cmake" || file.name == "CMakeLists.txt";
