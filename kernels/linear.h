@@ -7,13 +7,16 @@
 #include <string>
 
 #include "base/status.h"
+#include "kernels/float_formats.h"
 
 namespace kvant::kernels {
 
 // Threads that kernels may use, owned by main(). Work is split into fixed pieces, so that results
-// do not depend on the number of threads. Thread-safe: one ParallelFor at a time.
+// do not depend on the number of threads. Idle threads sleep. Thread-safe: one ParallelFor runs at
+// a time, a second caller waits for it; a body must not call ParallelFor of the same pool.
 class ThreadPool {
  public:
+  // threads counts the caller of ParallelFor; 1 starts none. REQUIRES: threads >= 1.
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -60,10 +63,5 @@ void PrefillLinear(const Weight& weight, const float* x, float* y, ThreadPool* p
 // y[rows][out] = x[rows][in] * W^T. A row's result does not depend on `rows`, nor on `pool`, which
 // may be nullptr.
 void DecodeLinear(const Weight& weight, const float* x, int rows, float* y, ThreadPool* pool);
-
-uint16_t ToBf16(float value);  // round to nearest even; NaN stays NaN
-float FromBf16(uint16_t bits);
-uint16_t ToFp16(float value);
-float FromFp16(uint16_t bits);
 
 }  // namespace kvant::kernels

@@ -1,0 +1,58 @@
+// The table of instruction sets: each row holds the hot loops, all rows give the same bits.
+// Callers outside this folder use codec.h, attention.h, linear.h and vector.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "base/status.h"
+#include "kernels/attention.h"
+#include "kernels/codec.h"
+#include "kernels/tile_format.h"
+
+namespace kvant::kernels {
+
+// Tokens as fp32 rows: keys, values [tokens][kv_heads][head_dim].
+struct RawTokens {
+  const float* keys = nullptr;
+  const float* values = nullptr;
+  SegmentShape shape;  // tokens: any number
+};
+
+// All functions are pure and thread-safe. Immutable.
+struct Implementation {
+  std::string_view name;
+  bool (*runs_here)();  // whether this CPU has the instructions
+
+  // As Codec::encode and Codec::decode, for the tile formats.
+  void (*tile_encode)(const TileFormat&, SegmentKind, const SegmentShape&, const float* x,
+                      const MutableSegmentRanges& out, float* max_error);
+  void (*tile_decode)(const TileFormat&, SegmentKind, const SegmentShape&, const SegmentRanges&,
+                      float* out);
+  void (*attend_tile)(const QueryBlock&, const LayerTile&);
+  void (*attend_raw)(const QueryBlock&, const RawTokens&, const int* visible);
+  // y[r * y_stride + o] = dot(x[r], weight[o]); weight: bf16 [outputs][width], x: [rows][width].
+  void (*linear)(const uint16_t* weight, int outputs, int width, const float* x, int rows, float* y,
+                 size_t y_stride);
+  void (*rms_norm)(const float* x, const float* weight, int rows, int width, float epsilon,
+                   float* out);
+  void (*silu_multiply)(float* gate, const float* up, size_t count);
+  void (*softmax)(float* x, size_t count);
+};
+
+// In order of preference, the scalar reference last.
+std::span<const Implementation* const> Implementations();
+
+// The implementation that `name` asks for; empty: the first that runs here. kInvalidArgument lists
+// the names there are; kUnsupported: this CPU lacks the instructions.
+Result<const Implementation*> FindImplementation(std::string_view name);
+
+// Chooses by the environment variable KVANT_ISA, once; later calls return the first result.
+// main() calls it to report a wrong name; kernels that are used before read the variable
+// themselves and end the process with the same message.
+Status ChooseImplementation();
+const Implementation& ActiveImplementation();
+
+}  // namespace kvant::kernels

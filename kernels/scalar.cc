@@ -1,0 +1,25 @@
+#include "kernels/scalar.h"
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "base/check.h"
+#include "kernels/float_formats.h"
+
+#define KV_LANE_BYTES 16
+
+namespace kvant::kernels {
+namespace {
+#include "kernels/loops.inc"
+}  // namespace
+
+const Implementation kScalar = {
+    "scalar", [] { return true; }, TileEncode,      TileDecode, AttendTileAny, AttendRawTokens,
+    Linear,   RmsNormRows,         SiluMultiplyAll, SoftmaxAll,
+};
+
+}  // namespace kvant::kernels

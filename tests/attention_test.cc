@@ -1,0 +1,295 @@
+// Attention over encoded tiles and raw tokens against a double-precision oracle, and what must hold
+// bit for bit: a row does not know its company.
+#include "kernels/attention.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "kernel_fixtures.h"
+
+namespace kvant::kernels {
+namespace {
+
+// Query rows with their partials.
+struct Queries {
+  Queries(int rows, int heads, int width, Random* random)
+      : head_dim(width),
+        q(static_cast<size_t>(rows * heads * width)),
+        max(static_cast<size_t>(rows * heads)),
+        sum(max.size()),
+        weighted(q.size()) {
+    for (float& value : q) value = static_cast<float>(random->Normal());
+    block = {rows,       heads,      q.data(),       1.0F / std::sqrt(static_cast<float>(width)),
+             max.data(), sum.data(), weighted.data()};
+    InitPartials(block, width);
+  }
+  Queries(const Queries&) = delete;
+  Queries& operator=(const Queries&) = delete;
+
+  std::vector<float> Finish() const {
+    std::vector<float> out(q.size());
+    FinishPartials(block, head_dim, out.data());
+    return out;
+  }
+  // The rows from `first` on, as a block of their own over the same memory.
+  QueryBlock Rows(int first, int rows) const {
+    QueryBlock part = block;
+    const size_t vectors = static_cast<size_t>(first) * static_cast<size_t>(block.q_heads);
+    const size_t floats = vectors * static_cast<size_t>(head_dim);
+    part.rows = rows;
+    part.q += floats;
+    part.max += vectors;
+    part.sum += vectors;
+    part.weighted += floats;
+    return part;
+  }
+
+  int head_dim;
+  std::vector<float> q;
+  std::vector<float> max;
+  std::vector<float> sum;
+  std::vector<float> weighted;
+  QueryBlock block;
+};
+
+// Softmax attention in double over decoded keys and values; visible as in AttendRaw.
+std::vector<double> Oracle(const Queries& queries, const SegmentShape& shape,
+                           const std::vector<float>& keys, const std::vector<float>& values,
+                           const int* visible) {
+  const QueryBlock& block = queries.block;
+  const int group = block.q_heads / shape.kv_heads;
+  const auto width = static_cast<size_t>(shape.head_dim);
+  std::vector<double> out(queries.q.size(), 0.0);
+  for (int r = 0; r < block.rows; ++r) {
+    const int tokens = visible == nullptr ? shape.tokens : visible[r];
+    for (int h = 0; h < block.q_heads; ++h) {
+      const size_t at = static_cast<size_t>(r * block.q_heads + h) * width;
+      std::vector<double> scores(static_cast<size_t>(tokens));
+      double max = -std::numeric_limits<double>::infinity();
+      for (int t = 0; t < tokens; ++t) {
+        const size_t kv = static_cast<size_t>(t * shape.kv_heads + h / group) * width;
+        double score = 0.0;
+        for (size_t c = 0; c < width; ++c) {
+          score += static_cast<double>(queries.q[at + c]) * static_cast<double>(keys[kv + c]);
+        }
+        scores[static_cast<size_t>(t)] = score * static_cast<double>(block.scale);
+        max = std::max(max, scores[static_cast<size_t>(t)]);
+      }
+      double sum = 0.0;
+      for (const double score : scores) sum += std::exp(score - max);
+      for (int t = 0; t < tokens; ++t) {
+        const size_t kv = static_cast<size_t>(t * shape.kv_heads + h / group) * width;
+        const double p = std::exp(scores[static_cast<size_t>(t)] - max) / sum;
+        for (size_t c = 0; c < width; ++c) out[at + c] += p * static_cast<double>(values[kv + c]);
+      }
+    }
+  }
+  return out;
+}
+
+// Largest difference in units of the largest expected magnitude.
+double RelativeError(const std::vector<float>& found, const std::vector<double>& expected) {
+  double error = 0.0;
+  double largest = 0.0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    error = std::max(error, std::fabs(static_cast<double>(found[i]) - expected[i]));
+    largest = std::max(largest, std::fabs(expected[i]));
+  }
+  return error / largest;
+}
+
+// Keys and values of one layer of one block, encoded and decoded.
+struct Block {
+  Block(const Codec& which, const SegmentShape& of, Random* random)
+      : codec(&which),
+        shape(of),
+        x_keys(MakeSegment(of, random)),
+        x_values(MakeSegment(of, random)) {
+    keys = Encode(*codec, SegmentKind::kKey, shape, x_keys.data());
+    values = Encode(*codec, SegmentKind::kValue, shape, x_values.data());
+  }
+  LayerTile Tile(int key_cuts, int value_cuts) const {
+    return {codec, shape, keys.Ranges(key_cuts), values.Ranges(value_cuts)};
+  }
+  std::vector<float> Keys(int cuts) const {
+    return Decode(*codec, SegmentKind::kKey, shape, keys, cuts);
+  }
+  std::vector<float> Values(int cuts) const {
+    return Decode(*codec, SegmentKind::kValue, shape, values, cuts);
+  }
+
+  const Codec* codec;
+  SegmentShape shape;
+  std::vector<float> x_keys;
+  std::vector<float> x_values;
+  EncodedSegment keys;
+  EncodedSegment values;
+};
+
+constexpr double kTolerance = 1e-5;
+
+TEST(AttendTileTest, AgreesWithTheOracleForEveryCodecCutAndShape) {
+  Random random(11);
+  double worst = 0.0;
+  for (const Codec* codec : Codecs()) {
+    for (const int head_dim : {64, 96, 128, 256}) {
+      for (const int group : {1, 2, 3, 8, 16}) {
+        const SegmentShape shape = {1 + static_cast<int>(random.Below(64)), group == 1 ? 3 : 1,
+                                    head_dim};
+        const Block block(*codec, shape, &random);
+        for (int key_cuts = 1; key_cuts <= codec->key_cuts; ++key_cuts) {
+          for (int value_cuts = 1; value_cuts <= codec->value_cuts; ++value_cuts) {
+            Queries queries(2, shape.kv_heads * group, head_dim, &random);
+            AttendTile(queries.block, block.Tile(key_cuts, value_cuts));
+            const double error = RelativeError(
+                queries.Finish(),
+                Oracle(queries, shape, block.Keys(key_cuts), block.Values(value_cuts), nullptr));
+            EXPECT_LE(error, kTolerance) << codec->name << " " << head_dim << " tokens "
+                                         << shape.tokens << " group " << group;
+            worst = std::max(worst, error);
+          }
+        }
+      }
+    }
+  }
+  RecordProperty("worst_relative_error", std::to_string(worst));
+}
+
+TEST(AttendTileTest, EveryTailAgreesWithTheOracle) {
+  Random random(12);
+  for (const Codec* codec : Codecs()) {
+    for (int tokens = 1; tokens <= kMaxBlockTokens; ++tokens) {
+      const SegmentShape shape = {tokens, 2, 72};
+      const Block block(*codec, shape, &random);
+      Queries queries(1, 6, 72, &random);
+      AttendTile(queries.block, block.Tile(codec->key_cuts, codec->value_cuts));
+      EXPECT_LE(RelativeError(queries.Finish(), Oracle(queries, shape, block.Keys(codec->key_cuts),
+                                                       block.Values(codec->value_cuts), nullptr)),
+                kTolerance)
+          << codec->name << " " << tokens;
+    }
+  }
+}
+
+TEST(AttendRawTest, CausalRowsAgreeWithTheOracle) {
+  Random random(13);
+  const SegmentShape shape = {64, 2, 64};
+  const std::vector<float> keys = MakeSegment(shape, &random);
+  const std::vector<float> values = MakeSegment(shape, &random);
+  std::vector<int> visible;
+  for (int r = 0; r < 64; ++r) visible.push_back(r + 1);
+  Queries queries(64, 8, 64, &random);
+  AttendRaw(queries.block, keys.data(), values.data(), 64, 2, 64, visible.data());
+  EXPECT_LE(RelativeError(queries.Finish(), Oracle(queries, shape, keys, values, visible.data())),
+            kTolerance);
+}
+
+TEST(AttendRawTest, InvisibleTokensAreNeverRead) {
+  Random random(14);
+  constexpr int kTokens = 100;
+  const SegmentShape shape = {kTokens, 1, 64};
+  std::vector<float> keys = MakeSegment(shape, &random);
+  std::vector<float> values = MakeSegment(shape, &random);
+  for (const int visible : {0, 1, 7, 16, 63, 64, 65, 99}) {
+    const int seen[] = {visible};
+    Queries some(1, 4, 64, &random);
+    Random again(15);
+    Queries masked(1, 4, 64, &again);
+    Random same(15);
+    Queries alone(1, 4, 64, &same);
+    std::vector<float> poisoned_keys = keys;
+    std::vector<float> poisoned_values = values;
+    for (size_t i = static_cast<size_t>(visible) * 64; i < keys.size(); ++i) {
+      poisoned_keys[i] = std::numeric_limits<float>::quiet_NaN();
+      poisoned_values[i] = std::numeric_limits<float>::infinity();
+    }
+    AttendRaw(masked.block, poisoned_keys.data(), poisoned_values.data(), kTokens, 1, 64, seen);
+    AttendRaw(alone.block, keys.data(), values.data(), visible, 1, 64, nullptr);
+    EXPECT_EQ(masked.weighted, alone.weighted) << visible;
+    EXPECT_EQ(masked.max, alone.max);
+    EXPECT_EQ(masked.sum, alone.sum);
+  }
+}
+
+TEST(AttendRawTest, RawTokensAndRawFp32TilesAgreeToTheBit) {
+  Random random(16);
+  const SegmentShape shape = {50, 2, 64};
+  const Block block(**FindCodec("raw-fp32"), shape, &random);
+  Random one(17);
+  Queries tile(3, 4, 64, &one);
+  Random two(17);
+  Queries raw(3, 4, 64, &two);
+  AttendTile(tile.block, block.Tile(1, 1));
+  AttendRaw(raw.block, block.x_keys.data(), block.x_values.data(), 50, 2, 64, nullptr);
+  EXPECT_EQ(tile.weighted, raw.weighted);
+  EXPECT_EQ(tile.sum, raw.sum);
+}
+
+TEST(AttentionTest, ARowDoesNotKnowItsCompany) {
+  Random random(18);
+  constexpr int kRows = 37;
+  for (const Codec* codec : Codecs()) {
+    const SegmentShape shape = {64, 2, 96};
+    const Block first(*codec, shape, &random);
+    const Block second(*codec, {29, 2, 96}, &random);
+    const auto attend = [&](const QueryBlock& part) {
+      AttendTile(part, first.Tile(codec->key_cuts, 1));
+      AttendTile(part, second.Tile(codec->key_cuts, 1));
+      AttendRaw(part, first.x_keys.data(), first.x_values.data(), 20, 2, 96, nullptr);
+    };
+    Random one(19);
+    Queries together(kRows, 6, 96, &one);
+    Random two(19);
+    Queries apart(kRows, 6, 96, &two);
+    attend(together.block);
+    for (int r = 0; r < kRows;) {
+      const int rows = std::min(kRows - r, 1 + r % 5);
+      attend(apart.Rows(r, rows));
+      r += rows;
+    }
+    EXPECT_EQ(together.max, apart.max) << codec->name;
+    EXPECT_EQ(together.sum, apart.sum) << codec->name;
+    EXPECT_EQ(together.weighted, apart.weighted) << codec->name;
+  }
+}
+
+TEST(AttentionTest, EmptyPartialsAreNeutral) {
+  Random random(20);
+  const Block block(**FindCodec("tile8"), {64, 1, 64}, &random);
+  Random one(21);
+  Queries full(2, 4, 64, &one);
+  AttendTile(full.block, block.Tile(2, 2));
+  const std::vector<float> expected = full.Finish();
+
+  Random two(21);
+  Queries empty(2, 4, 64, &two);
+  MergePartials(empty.block, full.block, 64);
+  EXPECT_EQ(full.Finish(), expected);
+  MergePartials(full.block, empty.block, 64);
+  EXPECT_EQ(empty.Finish(), expected);
+
+  Random three(21);
+  Queries nothing(2, 4, 64, &three);
+  Random four(21);
+  const Queries also_nothing(2, 4, 64, &four);
+  MergePartials(also_nothing.block, nothing.block, 64);
+  EXPECT_EQ(nothing.max[0], -std::numeric_limits<float>::infinity());
+  for (const float value : nothing.Finish()) EXPECT_EQ(value, 0.0F);
+}
+
+TEST(AttentionTest, ScoresFarApartStayFinite) {
+  Random random(22);
+  const SegmentShape shape = {64, 1, 64};
+  std::vector<float> keys = MakeSegment(shape, &random);
+  for (float& key : keys) key *= 300.0F;
+  const std::vector<float> values = MakeSegment(shape, &random);
+  Queries queries(4, 4, 64, &random);
+  AttendRaw(queries.block, keys.data(), values.data(), 64, 1, 64, nullptr);
+  EXPECT_LE(RelativeError(queries.Finish(), Oracle(queries, shape, keys, values, nullptr)), 1e-4);
+}
+
+}  // namespace
+}  // namespace kvant::kernels
