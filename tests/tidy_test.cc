@@ -46,8 +46,8 @@ struct File {
 };
 
 bool IsText(const std::string& extension, const std::string& folder) {
-  static const std::set<std::string> kText = {".cc", ".h",   ".py",    ".md",     ".cmake",
-                                              ".sh", ".txt", ".proto", ".service"};
+  static const std::set<std::string> kText = {".cc",    ".h",  ".inc", ".py",    ".md",
+                                              ".cmake", ".sh", ".txt", ".proto", ".service"};
   if (folder == "models") return extension == ".md";  // the rest is data
   return kText.contains(extension) ||
          (extension.empty() && (folder == "scripts" || folder == ".ci"));
