@@ -4,12 +4,18 @@
 #include <cstdlib>
 #include <string>
 
+#include "kernels/avx2.h"
+#include "kernels/avx512.h"
 #include "kernels/scalar.h"
 
 namespace kvant::kernels {
 namespace {
 
+#if defined(__x86_64__)
+const Implementation* const kImplementations[] = {&kAvx512, &kAvx2, &kScalar};
+#else
 const Implementation* const kImplementations[] = {&kScalar};
+#endif
 
 const Result<const Implementation*>& Chosen() {
   static const Result<const Implementation*> chosen = [] {

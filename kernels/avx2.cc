@@ -1,0 +1,40 @@
+// The portable loops in registers of 32 bytes. A region of the pragma, not a compiler flag: an
+// inline function compiled with such a flag could win the link and reach CPUs without it.
+#include "kernels/avx2.h"
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "base/check.h"
+#include "kernels/float_formats.h"
+
+#define KV_LANE_BYTES 32
+
+#pragma GCC push_options
+#pragma GCC target("avx2")
+
+namespace kvant::kernels {
+namespace {
+#include "kernels/loops.inc"
+}  // namespace
+}  // namespace kvant::kernels
+
+#pragma GCC pop_options
+
+namespace kvant::kernels {
+namespace {
+
+bool RunsHere() { return __builtin_cpu_supports("avx2") != 0; }
+
+}  // namespace
+
+const Implementation kAvx2 = {
+    "avx2",          RunsHere, TileEncode,  TileDecode,      AttendTileAny,
+    AttendRawTokens, Linear,   RmsNormRows, SiluMultiplyAll, SoftmaxAll,
+};
+
+}  // namespace kvant::kernels

@@ -1,0 +1,10 @@
+// The implementation for CPUs with AVX2.
+#pragma once
+
+#include "kernels/implementation.h"
+
+namespace kvant::kernels {
+
+extern const Implementation kAvx2;
+
+}  // namespace kvant::kernels

@@ -1,0 +1,43 @@
+// The portable loops in registers of 64 bytes. A region of the pragma, not a compiler flag: an
+// inline function compiled with such a flag could win the link and reach CPUs without it.
+#include "kernels/avx512.h"
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "base/check.h"
+#include "kernels/float_formats.h"
+
+#define KV_LANE_BYTES 64
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+
+namespace kvant::kernels {
+namespace {
+#include "kernels/loops.inc"
+}  // namespace
+}  // namespace kvant::kernels
+
+#pragma GCC pop_options
+
+namespace kvant::kernels {
+namespace {
+
+bool RunsHere() {
+  return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
+         __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0;
+}
+
+}  // namespace
+
+const Implementation kAvx512 = {
+    "avx512",        RunsHere, TileEncode,  TileDecode,      AttendTileAny,
+    AttendRawTokens, Linear,   RmsNormRows, SiluMultiplyAll, SoftmaxAll,
+};
+
+}  // namespace kvant::kernels

@@ -1,0 +1,169 @@
+#include "kernels/bench.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "base/random.h"
+#include "kernels/attention.h"
+#include "kernels/blas.h"
+#include "kernels/payload_layout.h"
+
+namespace kvant::kernels {
+namespace {
+
+// Runs `round` once uncounted, then until `at_least` has passed. Units: what one round does.
+template <typename Round>
+Rate Repeat(double units, Duration at_least, const Round& round) {
+  round();
+  const Clock& clock = SteadyClock();
+  const TimePoint start = clock.Now();
+  Rate rate;
+  Duration spent{};
+  do {
+    round();
+    ++rate.rounds;
+    spent = clock.Now() - start;
+  } while (spent < at_least);
+  rate.per_second = units * static_cast<double>(rate.rounds) / Seconds(spent);
+  return rate;
+}
+
+std::vector<float> Normals(size_t count, uint64_t seed) {
+  Random random(seed);
+  std::vector<float> x(count);
+  for (float& value : x) value = static_cast<float>(random.Normal());
+  return x;
+}
+
+size_t Product(int a, int b) { return static_cast<size_t>(a) * static_cast<size_t>(b); }
+
+double Operations(const GemmShape& shape) {
+  return 2.0 * shape.rows * shape.out_features * shape.in_features;
+}
+
+}  // namespace
+
+Rate MeasureRead(size_t buffer_bytes, ThreadPool* pool, Duration at_least) {
+  constexpr size_t kPiece = size_t{64} << 10;
+  constexpr size_t kWords = kPiece / sizeof(uint64_t);
+  const size_t pieces = std::max<size_t>(1, buffer_bytes / kPiece);
+  const std::vector<uint64_t> buffer(pieces * kWords, 1);
+  std::atomic<uint64_t> total = 0;  // keeps the reads from being optimised away
+  return Repeat(static_cast<double>(pieces * kPiece), at_least, [&] {
+    pool->ParallelFor(static_cast<int>(pieces), [&](int piece) {
+      const uint64_t* words = buffer.data() + static_cast<size_t>(piece) * kWords;
+      uint64_t sums[16] = {};
+      for (size_t i = 0; i < kWords; i += 16) {
+        for (size_t lane = 0; lane < 16; ++lane) sums[lane] += words[i + lane];
+      }
+      uint64_t sum = 0;
+      for (const uint64_t lane : sums) sum += lane;
+      total.fetch_add(sum, std::memory_order_relaxed);
+    });
+  });
+}
+
+Result<Rate> MeasurePrefillLinear(const GemmShape& shape, ThreadPool* pool, Duration at_least) {
+  KV_RETURN_IF_ERROR(LoadBlas());
+  KV_CHECK(shape.rows == kPrefillRows);
+  const std::vector<float> w = Normals(Product(shape.out_features, shape.in_features), 1);
+  const std::vector<float> x = Normals(Product(shape.rows, shape.in_features), 2);
+  std::vector<float> y(Product(shape.rows, shape.out_features));
+  const Weight weight = {nullptr, w.data(), shape.out_features, shape.in_features};
+  return Repeat(Operations(shape), at_least,
+                [&] { PrefillLinear(weight, x.data(), y.data(), pool); });
+}
+
+Result<Rate> MeasurePlainGemm(const GemmShape& shape, ThreadPool* pool, Duration at_least) {
+  KV_RETURN_IF_ERROR(LoadBlas());
+  const std::vector<float> w = Normals(Product(shape.out_features, shape.in_features), 1);
+  const std::vector<float> x = Normals(Product(shape.rows, shape.in_features), 2);
+  std::vector<float> y(Product(shape.rows, shape.out_features));
+  SgemmFunction* const sgemm = LoadedSgemm();
+  const int pieces = pool->threads();
+  return Repeat(Operations(shape), at_least, [&] {
+    pool->ParallelFor(pieces, [&](int piece) {
+      const int first = shape.out_features * piece / pieces;
+      const int count = shape.out_features * (piece + 1) / pieces - first;
+      if (count == 0) return;
+      sgemm(kBlasRowMajor, kBlasNoTranspose, kBlasTranspose, shape.rows, count, shape.in_features,
+            1.0F, x.data(), shape.in_features, w.data() + Product(first, shape.in_features),
+            shape.in_features, 0.0F, y.data() + first, shape.out_features);
+    });
+  });
+}
+
+Rate MeasureDecodeLinear(const GemmShape& shape, size_t weight_bytes, ThreadPool* pool,
+                         Duration at_least) {
+  const size_t elements = Product(shape.out_features, shape.in_features);
+  const size_t matrices = std::max<size_t>(1, weight_bytes / (elements * sizeof(uint16_t)));
+  const std::vector<uint16_t> w(matrices * elements, ToBf16(0.5F));
+  const std::vector<float> x = Normals(Product(shape.rows, shape.in_features), 2);
+  std::vector<float> y(Product(shape.rows, shape.out_features));
+  return Repeat(static_cast<double>(w.size() * sizeof(uint16_t)), at_least, [&] {
+    for (size_t i = 0; i < matrices; ++i) {
+      const Weight weight = {w.data() + i * elements, nullptr, shape.out_features,
+                             shape.in_features};
+      DecodeLinear(weight, x.data(), shape.rows, y.data(), pool);
+    }
+  });
+}
+
+TileRates MeasureTile(const Codec& codec, const SegmentShape& shape, int key_cuts, int value_cuts,
+                      int q_heads, int rows, size_t working_set_bytes, Duration at_least) {
+  // Every block is a layer of one payload.
+  const size_t block_bytes = PayloadLayout(codec, shape, 1).total_bytes();
+  const int blocks = static_cast<int>(std::max<size_t>(1, working_set_bytes / block_bytes));
+  const PayloadLayout layout(codec, shape, blocks);
+  std::vector<std::byte> payload(layout.total_bytes());
+  const size_t elements =
+      Product(shape.tokens, shape.kv_heads) * static_cast<size_t>(shape.head_dim);
+  std::vector<float> x = Normals(elements, 3);
+  const double bf16_bytes = 4.0 * static_cast<double>(elements) * blocks;
+
+  TileRates rates;
+  float max_error[kMaxCuts];
+  rates.encode = Repeat(bf16_bytes, at_least, [&] {
+                   for (int layer = 0; layer < blocks; ++layer) {
+                     for (const SegmentKind kind : {SegmentKind::kKey, SegmentKind::kValue}) {
+                       codec.encode(kind, shape, x.data(),
+                                    layout.MutableRanges(kind, layer, payload.data()), max_error);
+                     }
+                   }
+                 }).per_second;
+  rates.decode =
+      Repeat(bf16_bytes, at_least, [&] {
+        for (int layer = 0; layer < blocks; ++layer) {
+          codec.decode(SegmentKind::kKey, shape,
+                       layout.Ranges(SegmentKind::kKey, layer, key_cuts, payload.data()), x.data());
+          codec.decode(SegmentKind::kValue, shape,
+                       layout.Ranges(SegmentKind::kValue, layer, value_cuts, payload.data()),
+                       x.data());
+        }
+      }).per_second;
+
+  const size_t vectors = Product(rows, q_heads);
+  const std::vector<float> q = Normals(vectors * static_cast<size_t>(shape.head_dim), 4);
+  std::vector<float> max(vectors);
+  std::vector<float> sum(vectors);
+  std::vector<float> weighted(q.size());
+  const QueryBlock block = {rows,       q_heads,    q.data(),       0.125F,
+                            max.data(), sum.data(), weighted.data()};
+  InitPartials(block, shape.head_dim);
+  rates.attend =
+      Repeat(bf16_bytes, at_least, [&] {
+        for (int layer = 0; layer < blocks; ++layer) {
+          AttendTile(
+              block,
+              {&codec, shape, layout.Ranges(SegmentKind::kKey, layer, key_cuts, payload.data()),
+               layout.Ranges(SegmentKind::kValue, layer, value_cuts, payload.data())});
+        }
+      }).per_second;
+  rates.attend_encoded =
+      rates.attend * static_cast<double>(layout.BytesOfCuts(key_cuts, value_cuts)) / bf16_bytes;
+  return rates;
+}
+
+}  // namespace kvant::kernels

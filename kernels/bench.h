@@ -1,0 +1,57 @@
+// Measures what bounds a node on this machine, so that a program can print what it reaches as a
+// share: streaming reads bound decode, sgemm bounds prefill.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/clock.h"
+#include "base/status.h"
+#include "kernels/codec.h"
+#include "kernels/linear.h"
+
+namespace kvant::kernels {
+
+// Work done over the time it took.
+struct Rate {
+  double per_second = 0.0;  // bytes or floating-point operations
+  int64_t rounds = 0;
+};
+
+// How long a measurement runs at least, after one round that is not counted.
+inline constexpr Duration kBenchTime = std::chrono::milliseconds(200);
+
+// Bytes a second that `pool` reads from a buffer of this size, over and over.
+Rate MeasureRead(size_t buffer_bytes, ThreadPool* pool, Duration at_least = kBenchTime);
+
+// The shape y[rows][out] = x[rows][in] * W^T.
+struct GemmShape {
+  int rows = kPrefillRows;
+  int out_features = 0;
+  int in_features = 0;
+};
+// Operations a second (2 * rows * out * in each round) of PrefillLinear, which always computes
+// kPrefillRows rows. kUnsupported without OpenBLAS. REQUIRES: rows == kPrefillRows.
+Result<Rate> MeasurePrefillLinear(const GemmShape& shape, ThreadPool* pool,
+                                  Duration at_least = kBenchTime);
+// The same of one plain sgemm for each thread, the output features split evenly.
+Result<Rate> MeasurePlainGemm(const GemmShape& shape, ThreadPool* pool,
+                              Duration at_least = kBenchTime);
+// Bytes of weights a second that DecodeLinear goes through; buffers of at least `weight_bytes` are
+// cycled, so that a size beyond the caches measures memory.
+Rate MeasureDecodeLinear(const GemmShape& shape, size_t weight_bytes, ThreadPool* pool,
+                         Duration at_least = kBenchTime);
+
+// One codec on one thread, over blocks of one layer that fill `working_set_bytes` when encoded.
+// Rates in bytes of bf16 that the segment would take; attend also in bytes that were read.
+struct TileRates {
+  double encode = 0.0;
+  double decode = 0.0;
+  double attend = 0.0;
+  double attend_encoded = 0.0;
+};
+TileRates MeasureTile(const Codec& codec, const SegmentShape& shape, int key_cuts, int value_cuts,
+                      int q_heads, int rows, size_t working_set_bytes,
+                      Duration at_least = kBenchTime);
+
+}  // namespace kvant::kernels
