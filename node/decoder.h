@@ -52,7 +52,8 @@ class OpenTile {
 
  private:
   friend class Decoder;
-  float* SlotOf(int layer, bool value, int token);
+  // Where data_ holds a token's keys or values of one layer.
+  size_t Offset(int layer, bool value, int token) const;
 
   int kv_width_;
   int tokens_ = 0;

@@ -1,7 +1,6 @@
 // A model as it lies in a Hugging Face directory: configuration, tokenizer and weights.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "cache_service/block_key.h"
 #include "kernels/linear.h"
 #include "kernels/vector.h"
 #include "node/config.h"
@@ -17,8 +17,6 @@
 #include "node/tokenizer.h"
 
 namespace kvant::node {
-
-using ModelDigest = std::array<std::byte, 32>;
 
 // One transformer layer. Borrowed from its Model.
 struct LayerWeights {
@@ -57,7 +55,7 @@ class Model {
   // SHA-256 over what the bytes of a block depend on besides its tokens: the configuration and
   // every weight's name, type, shape and bytes. The same model has the same digest however it is
   // cut into shards.
-  const ModelDigest& digest() const { return digest_; }
+  const Digest& digest() const { return digest_; }
 
  private:
   class Loader;
@@ -71,9 +69,10 @@ class Model {
   const float* final_norm_ = nullptr;
   kernels::Weight embedding_;
   kernels::Weight output_;
-  std::vector<std::vector<float>> expanded_;      // fp32 copies that the weights point into
-  std::vector<std::vector<uint16_t>> realigned_;  // bf16 copies of tensors at odd addresses
-  ModelDigest digest_{};
+  // fp32 copies, and bf16 copies of tensors at odd addresses, that the weights point into.
+  std::vector<std::unique_ptr<float[]>> expanded_;
+  std::vector<std::unique_ptr<uint16_t[]>> realigned_;
+  Digest digest_{};
 };
 
 }  // namespace kvant::node

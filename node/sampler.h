@@ -32,7 +32,8 @@ class StopMatcher {
   // Empty stop strings are ignored.
   explicit StopMatcher(std::vector<std::string> stops);
   // Text that is safe to give out. After a stop string was found: the text before it, then nothing.
-  // Of several that are complete, the one that begins first ends the text.
+  // The stop string that is complete first ends the text, the longest of those that end together,
+  // so the result does not depend on how the text is cut into pieces.
   std::string Push(std::string_view text);
   bool stopped() const { return stopped_; }
   // What is still held back, when the text ended without a stop string.
