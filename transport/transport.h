@@ -56,10 +56,10 @@ struct Transfer {
   enum class Op : uint8_t { kWrite, kRead };  // kWrite: local to remote
   Op op = Op::kWrite;
   std::span<std::byte> local;  // inside a registered region; borrowed until kTransferDone
-  RemoteWindow remote;
-  uint64_t remote_offset = 0;         // bytes
-  std::optional<uint32_t> immediate;  // kWrite only: the peer sees kWritten with this value
-  uint64_t cookie = 0;                // comes back in kTransferDone
+  RemoteWindow remote{};
+  uint64_t remote_offset = 0;           // bytes
+  std::optional<uint32_t> immediate{};  // kWrite only: the peer sees kWritten with this value
+  uint64_t cookie = 0;                  // comes back in kTransferDone
 };
 
 struct Event {

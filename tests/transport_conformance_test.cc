@@ -1,0 +1,50 @@
+// Runs the behaviour suite over the transports that one process can hold both ends of.
+#include "tests/transport_suite.h"
+#include "transport/loopback.h"
+#include "transport/tcp.h"
+
+namespace kvant::test {
+namespace {
+
+class LocalRig : public Rig {
+ public:
+  LocalRig(std::unique_ptr<Transport> ours, std::unique_ptr<Transport> theirs,
+           std::string_view listen)
+      : ours_(std::move(ours)), theirs_(std::move(theirs)), agent_(theirs_.get()) {
+    auto address = theirs_->Listen(listen);
+    EXPECT_TRUE(address.ok()) << address.status().ToString();
+    address_ = *address;
+  }
+  Transport& transport() override { return *ours_; }
+  std::string agent_address() override { return address_; }
+  void StepAgent() override { agent_.Step(); }
+
+ private:
+  std::unique_ptr<Transport> ours_;
+  std::unique_ptr<Transport> theirs_;
+  Agent agent_;
+  std::string address_;
+};
+
+std::unique_ptr<Rig> MakeLoopback() {
+  LoopbackHub hub;
+  return std::make_unique<LocalRig>(hub.MakeTransport(), hub.MakeTransport(), "loopback:agent");
+}
+
+std::unique_ptr<Transport> NewTcp() {
+  auto transport = MakeTcpTransport({});
+  EXPECT_TRUE(transport.ok()) << transport.status().ToString();
+  return *std::move(transport);
+}
+
+std::unique_ptr<Rig> MakeTcp() {
+  return std::make_unique<LocalRig>(NewTcp(), NewTcp(), "tcp://127.0.0.1:0");
+}
+
+INSTANTIATE_TEST_SUITE_P(Local, TransportSuite,
+                         ::testing::Values(RigMaker{"loopback", &MakeLoopback},
+                                           RigMaker{"tcp", &MakeTcp}),
+                         [](const auto& test) { return test.param.name; });
+
+}  // namespace
+}  // namespace kvant::test

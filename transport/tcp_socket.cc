@@ -1,0 +1,150 @@
+#include "transport/tcp_socket.h"
+
+#include <arpa/inet.h>
+#include <netdb.h>
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <memory>
+
+namespace kvant::tcp {
+namespace {
+
+sockaddr_in MakeAddress(in_addr address, uint16_t port) {
+  sockaddr_in full{};
+  full.sin_family = AF_INET;
+  full.sin_addr = address;
+  full.sin_port = htons(port);
+  return full;
+}
+
+Result<Socket> MakeStreamSocket() {
+  Socket made(socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (!made) {
+    return MakeStatus(StatusCode::kResourceExhausted,
+                      "opening a socket: {}; raise the limit of open files (ulimit -n)",
+                      std::strerror(errno));
+  }
+  return made;
+}
+
+void SetOption(const Socket& socket, int level, int name, int value) {
+  // These tune; a kernel that refuses one still moves the bytes.
+  static_cast<void>(setsockopt(socket.fd(), level, name, &value, sizeof(value)));
+}
+
+}  // namespace
+
+Socket::~Socket() {
+  if (fd_ >= 0) close(fd_);
+}
+
+Result<HostPort> ParseAddress(std::string_view address) {
+  constexpr std::string_view kScheme = "tcp://";
+  const size_t colon = address.rfind(':');
+  HostPort parsed;
+  if (address.starts_with(kScheme) && colon != std::string_view::npos && colon > kScheme.size()) {
+    const std::string_view port = address.substr(colon + 1);
+    const auto [end, error] = std::from_chars(port.begin(), port.end(), parsed.port);
+    parsed.host = address.substr(kScheme.size(), colon - kScheme.size());
+    if (error == std::errc() && end == port.end() && parsed.host.find('/') == std::string::npos) {
+      return parsed;
+    }
+  }
+  return InvalidArgument(
+      "reading the address '{}': give tcp://HOST:PORT, e.g. tcp://127.0.0.1:7070", address);
+}
+
+Result<in_addr> Resolve(const std::string& host) {
+  in_addr address{};
+  if (inet_pton(AF_INET, host.c_str(), &address) == 1) return address;
+  addrinfo hints{};
+  hints.ai_family = AF_INET;
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  const int error = getaddrinfo(host.c_str(), nullptr, &hints, &found);
+  const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> guard(found, &freeaddrinfo);
+  if (error != 0 || found == nullptr) {
+    return Unavailable("looking up host '{}': {}; check the name", host, gai_strerror(error));
+  }
+  sockaddr_in full{};
+  std::memcpy(&full, found->ai_addr, sizeof(full));
+  return full.sin_addr;
+}
+
+std::string ToText(in_addr address) {
+  std::array<char, INET_ADDRSTRLEN> text{};
+  inet_ntop(AF_INET, &address, text.data(), text.size());
+  return text.data();
+}
+
+std::string PeerAddress(const Socket& socket) {
+  sockaddr_in full{};
+  socklen_t length = sizeof(full);
+  if (getpeername(socket.fd(), reinterpret_cast<sockaddr*>(&full), &length) != 0) {
+    return "tcp://unknown";
+  }
+  return fmt::format("tcp://{}:{}", ToText(full.sin_addr), ntohs(full.sin_port));
+}
+
+Result<Socket> ListenOn(in_addr address, uint16_t port, int backlog) {
+  KV_ASSIGN_OR_RETURN(Socket made, MakeStreamSocket());
+  SetOption(made, SOL_SOCKET, SO_REUSEADDR, 1);
+  const sockaddr_in full = MakeAddress(address, port);
+  if (bind(made.fd(), reinterpret_cast<const sockaddr*>(&full), sizeof(full)) != 0 ||
+      listen(made.fd(), backlog) != 0) {
+    return Unavailable("listening for bulk connections on {}:{}: {}; choose another port",
+                       ToText(address), port, std::strerror(errno));
+  }
+  return made;
+}
+
+Result<uint16_t> LocalPort(const Socket& socket) {
+  sockaddr_in full{};
+  socklen_t length = sizeof(full);
+  if (getsockname(socket.fd(), reinterpret_cast<sockaddr*>(&full), &length) != 0) {
+    return Unavailable("asking for the port of a socket: {}", std::strerror(errno));
+  }
+  return ntohs(full.sin_port);
+}
+
+Result<Socket> StartConnect(in_addr address, uint16_t port) {
+  KV_ASSIGN_OR_RETURN(Socket made, MakeStreamSocket());
+  const sockaddr_in full = MakeAddress(address, port);
+  const int rc = connect(made.fd(), reinterpret_cast<const sockaddr*>(&full), sizeof(full));
+  if (rc != 0 && errno != EINPROGRESS) {
+    return Unavailable("connecting the bulk socket to {}:{}: {}", ToText(address), port,
+                       std::strerror(errno));
+  }
+  return made;
+}
+
+Status FinishConnect(const Socket& socket) {
+  int error = 0;
+  socklen_t length = sizeof(error);
+  if (getsockopt(socket.fd(), SOL_SOCKET, SO_ERROR, &error, &length) != 0) error = errno;
+  if (error == 0) return OkStatus();
+  return Unavailable("connecting the bulk socket: {}", std::strerror(error));
+}
+
+void TuneForBulk(const Socket& socket, Duration silence_timeout) {
+  const auto milliseconds = static_cast<int>(
+      std::chrono::duration_cast<std::chrono::milliseconds>(silence_timeout).count());
+  const int seconds = std::max(1, milliseconds / 1000);
+  SetOption(socket, IPPROTO_TCP, TCP_NODELAY, 1);
+  SetOption(socket, SOL_SOCKET, SO_KEEPALIVE, 1);
+  SetOption(socket, IPPROTO_TCP, TCP_KEEPIDLE, std::max(1, seconds / 2));
+  SetOption(socket, IPPROTO_TCP, TCP_KEEPINTVL, std::max(1, seconds / 6));
+  SetOption(socket, IPPROTO_TCP, TCP_KEEPCNT, 3);
+  SetOption(socket, IPPROTO_TCP, TCP_USER_TIMEOUT, milliseconds);
+  // Buffer sizes stay with the kernel: setting them switches its tuning off and, without privilege,
+  // caps them below what it would give.
+}
+
+}  // namespace kvant::tcp

@@ -1,0 +1,88 @@
+// ZeroMQ as values: context, socket, and whole messages of one part. The C interface below throws
+// nothing.
+#pragma once
+
+#include <zmq.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "base/status.h"
+#include "transport/tcp.h"
+
+namespace kvant::tcp {
+
+// Owns a context. Its destructor waits until messages queued before are sent, at most the sockets'
+// linger.
+class ZmqContext {
+ public:
+  ZmqContext();
+  ~ZmqContext();
+  ZmqContext(const ZmqContext&) = delete;
+  ZmqContext& operator=(const ZmqContext&) = delete;
+  void* get() const { return context_; }
+
+ private:
+  void* context_;
+};
+
+// A received part. Single-owner.
+class ZmqPart {
+ public:
+  ZmqPart() { zmq_msg_init(&message_); }
+  ~ZmqPart() { zmq_msg_close(&message_); }
+  ZmqPart(const ZmqPart&) = delete;
+  ZmqPart& operator=(const ZmqPart&) = delete;
+  zmq_msg_t* get() { return &message_; }
+  bool more() { return zmq_msg_more(&message_) != 0; }
+  std::span<const std::byte> bytes() {
+    return {static_cast<const std::byte*>(zmq_msg_data(&message_)), zmq_msg_size(&message_)};
+  }
+
+ private:
+  zmq_msg_t message_;
+};
+
+enum class ZmqReceived : uint8_t { kNothing, kMessage, kMalformed };
+enum class ZmqSent : uint8_t { kSent, kFull, kNoPeer };
+
+// Owns a socket. Move-only value.
+class ZmqSocket {
+ public:
+  ZmqSocket() = default;
+  ZmqSocket(ZmqSocket&& other) noexcept : socket_(std::exchange(other.socket_, nullptr)) {}
+  ZmqSocket& operator=(ZmqSocket&& other) noexcept {
+    std::swap(socket_, other.socket_);
+    return *this;
+  }
+  ~ZmqSocket();
+
+  static Result<ZmqSocket> MakeRouter(const ZmqContext& context, const TcpOptions& options);
+  static Result<ZmqSocket> MakeDealer(const ZmqContext& context, const TcpOptions& options);
+  // Reports when the connection of `watched` fails or ends.
+  static Result<ZmqSocket> MakeMonitor(const ZmqContext& context, const ZmqSocket& watched,
+                                       uint64_t number);
+
+  void* get() const { return socket_; }
+  int fd() const;
+  // Whether something can be received; takes note of what its descriptor signals.
+  bool Readable() const;
+  // Receives one message of a body and, on a router, the sender before it. What has more or fewer
+  // parts is swallowed whole: kMalformed.
+  ZmqReceived Receive(ZmqPart* sender, ZmqPart* body) const;
+  // Sends `type` and `rest` as one part; on a router to `to`.
+  ZmqSent Send(std::string_view to, uint8_t type, std::span<const std::byte> rest) const;
+  // On a monitor: whether the watched connection failed or ended. Swallows what else it reports.
+  bool SawDisconnect() const;
+
+ private:
+  static Result<ZmqSocket> Make(const ZmqContext& context, int type, const TcpOptions& options);
+  void* socket_ = nullptr;
+};
+
+}  // namespace kvant::tcp
