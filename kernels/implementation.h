@@ -36,6 +36,9 @@ struct Implementation {
   // y[r * y_stride + o] = dot(x[r], weight[o]); weight: bf16 [outputs][width], x: [rows][width].
   void (*linear)(const uint16_t* weight, int outputs, int width, const float* x, int rows, float* y,
                  size_t y_stride);
+  // The same with fp32 weights.
+  void (*linear_fp32)(const float* weight, int outputs, int width, const float* x, int rows,
+                      float* y, size_t y_stride);
   void (*rms_norm)(const float* x, const float* weight, int rows, int width, float epsilon,
                    float* out);
   void (*silu_multiply)(float* gate, const float* up, size_t count);

@@ -42,18 +42,26 @@ void PrefillLinear(const Weight& weight, const float* x, float* y, ThreadPool* p
 }
 
 void DecodeLinear(const Weight& weight, const float* x, int rows, float* y, ThreadPool* pool) {
-  KV_CHECK(weight.bf16 != nullptr && weight.out_features > 0 && weight.in_features > 0);
+  KV_CHECK(weight.bf16 != nullptr || weight.fp32 != nullptr);
+  KV_CHECK(weight.out_features > 0 && weight.in_features > 0);
   if (rows <= 0) return;
   const auto width = static_cast<size_t>(weight.in_features);
-  const int panel = std::max(1, static_cast<int>(kDecodePanelBytes / (width * sizeof(uint16_t))));
+  const size_t element = weight.bf16 != nullptr ? sizeof(uint16_t) : sizeof(float);
+  const int panel = std::max(1, static_cast<int>(kDecodePanelBytes / (width * element)));
   const int pieces = (weight.out_features + panel - 1) / panel;
   const Implementation& implementation = ActiveImplementation();
   ForPieces(pool, pieces, [&](int piece) {
     const int first = piece * panel;
     const int count = std::min(panel, weight.out_features - first);
-    implementation.linear(weight.bf16 + static_cast<size_t>(first) * width, count,
-                          weight.in_features, x, rows, y + first,
-                          static_cast<size_t>(weight.out_features));
+    const size_t from = static_cast<size_t>(first) * width;
+    const auto stride = static_cast<size_t>(weight.out_features);
+    if (weight.bf16 != nullptr) {
+      implementation.linear(weight.bf16 + from, count, weight.in_features, x, rows, y + first,
+                            stride);
+    } else {
+      implementation.linear_fp32(weight.fp32 + from, count, weight.in_features, x, rows, y + first,
+                                 stride);
+    }
   });
 }
 

@@ -18,8 +18,9 @@ namespace {
 }  // namespace
 
 const Implementation kScalar = {
-    "scalar", [] { return true; }, TileEncode,      TileDecode, AttendTileAny, AttendRawTokens,
-    Linear,   RmsNormRows,         SiluMultiplyAll, SoftmaxAll,
+    "scalar",      [] { return true; }, TileEncode, TileDecode,
+    AttendTileAny, AttendRawTokens,     Linear,     Linear,
+    RmsNormRows,   SiluMultiplyAll,     SoftmaxAll,
 };
 
 }  // namespace kvant::kernels

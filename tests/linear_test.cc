@@ -81,6 +81,9 @@ TEST(DecodeLinearTest, AgreesWithDoubleAndARowDoesNotKnowItsCompany) {
                 << implementation->name << " " << in << " " << out << " " << rows;
           }
         }
+        std::vector<float> wide(all.size());
+        implementation->linear_fp32(matrix.fp32.data(), out, in, x.data(), 9, wide.data(), stride);
+        EXPECT_EQ(wide, all) << implementation->name << ", the same weights as fp32";
         std::vector<float> reference(all.size());
         Implementations().back()->linear(matrix.bf16.data(), out, in, x.data(), 9, reference.data(),
                                          stride);
