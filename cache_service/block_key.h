@@ -96,7 +96,9 @@ class KeyChain {
 
  private:
   uint32_t block_tokens_;
-  std::vector<std::byte> preamble_;  // the part of the hashed bytes that all blocks share
+  std::vector<std::byte>
+      preamble_;  // the hashed bytes before the parent key, the same for all blocks
+  std::vector<std::byte> extra_;
 };
 
 }  // namespace kvant

@@ -2,6 +2,7 @@
 // moves no bytes; the server lets bytes land in the buffers that it hands out.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -13,6 +14,7 @@
 #include "base/clock.h"
 #include "base/status.h"
 #include "cache_service/block_key.h"
+#include "cache_service/eviction_queues.h"
 #include "cache_service/manifest.h"
 
 namespace kvant {
@@ -24,25 +26,15 @@ using OwnerId = uint64_t;
 using ReservationId = uint64_t;
 using PinId = uint64_t;
 
-// Order in which blocks are given up. docs/performance.md has the hit ratios measured.
-struct EvictionPolicy {
-  // Share of the blocks that may stand in the probation queue before it is asked for victims first.
-  double probation_share = 0.1;
-  // Keys of given-up blocks that are remembered, relative to the most blocks there may be.
-  double ghost_share = 1.0;
-  // Uses after which a block on probation is promoted instead of given up.
-  uint32_t promote_after = 1;
-  // Uses that are counted at most; a block in the main queue gets that many second chances.
-  uint32_t max_uses = 3;
-};
-
 struct BlockStoreOptions {
   std::span<std::byte> arena{};  // payloads and manifests; outlives the store
   uint32_t max_blocks = 1024;    // sealed and reserved
-  uint32_t max_pins = 4096;
-  // Bytes that user pins may hold, so that pins cannot crowd out everything else.
+  uint32_t max_pins = 4096;      // pins and open reservations
+  // Payload bytes that user pins may hold, so that they cannot crowd out everything else.
   uint64_t max_user_pinned_bytes = 0;
   EvictionPolicy policy{};
+  // Of the key table. A server draws it at random, so that no client can make keys collide.
+  uint64_t hash_seed = 0;
   // TESTS ONLY. Deliberate faults that the simulator must find.
   bool fault_skip_verification = false;  // Seal publishes whatever landed
   bool fault_ignore_pins = false;        // pinned blocks are evicted too
@@ -86,6 +78,7 @@ struct BlockView {
   BlockKey key;
   std::span<std::byte> payload;         // inside the arena
   std::span<const std::byte> manifest;  // encoded
+  std::array<uint8_t, kMaxParts> cuts{};
 };
 
 // How many there are, and how often what happened.
@@ -102,11 +95,6 @@ struct StoreStats {
   uint64_t reaped = 0;           // reservations and pins whose deadline passed
   uint64_t dropped_corrupt = 0;  // by Reverify
   uint64_t seal_refused = 0;     // checksums did not match
-};
-
-enum class PinKind : uint8_t {
-  kRead,  // a lease of a reader or a transfer under way
-  kUser,  // somebody asked to keep the block; counts against max_user_pinned_bytes
 };
 
 // Single-owner. Allocates everything at construction, so used memory never exceeds limit_bytes().
@@ -143,11 +131,15 @@ class BlockStore {
   std::optional<BlockView> View(const BlockKey& key) const;
   // Counts one use, which the eviction policy looks at.
   void Touch(const BlockKey& key);
-  // Keeps a sealed block until Unpin or `deadline`. kUnavailable: not present. kResourceExhausted:
-  // too many pins, or too many bytes under user pins.
-  Result<PinId> Pin(const BlockKey& key, PinKind kind, OwnerId owner, TimePoint deadline);
+  // Keeps a sealed block for a reader until Unpin or `deadline`. kUnavailable: not present.
+  // kResourceExhausted: too many pins.
+  Result<PinId> Pin(const BlockKey& key, OwnerId owner, TimePoint deadline);
   // Unknown ids are ignored: the deadline may have passed.
   void Unpin(PinId id);
+  // Keeps a sealed block because somebody asked for it, until `deadline` (which replaces that of an
+  // earlier call); nullopt ends it. kUnavailable: not present. kResourceExhausted: too many pins,
+  // or more than max_user_pinned_bytes.
+  Status SetUserPin(const BlockKey& key, std::optional<TimePoint> deadline);
 
   // Verifies a stored block again; drops it if it is bad, as soon as no pin holds it. It is
   // invisible at once. Returns kDataLoss if it was bad, ok if it is good or absent.

@@ -45,6 +45,8 @@ class ActionQueue {
     size_t message_bytes = 0;
   };
   bool FlushOne(EndpointId id, Queue* queue);
+  // Submits the transfers at the queue's head; returns how many were taken.
+  size_t SubmitRun(Endpoint* endpoint, Queue* queue);
   void Drop(Queue* queue);
 
   Transport* transport_;
@@ -57,10 +59,9 @@ class ServerPump {
  public:
   ServerPump(Transport* transport, ShardServer* server);
   // One round: polls, steps the server, acts. True if anything happened: the caller waits on the
-  // transport only after a round without. Events that are not the server's business (none, if the
-  // transport is its own) go to `foreign` too, if given.
-  bool Turn(TimePoint now, std::vector<Event>* foreign = nullptr);
-  // The same with events that somebody else polled.
+  // transport only after a round without.
+  bool Turn(TimePoint now);
+  // The same with events that somebody else polled; leaves the vector empty.
   bool TurnWith(std::vector<Event>* events, TimePoint now);
 
  private:
@@ -105,14 +106,14 @@ class CacheConnection {
 
   // Waits until every shard is reached or found unreachable. Returns how many are reached.
   size_t WaitConnected(Duration at_most);
-  // For simple programs: start one operation, wait for it. Events of other operations meanwhile are
-  // kept for the next Poll; foreign transport events are lost.
+  // For simple programs: start one operation, wait for it, `at_most` being its deadline. Events of
+  // other operations meanwhile are kept for the next Poll; foreign transport events are lost.
   Result<ClientEvent> LookupBlocking(std::span<const BlockKey> chain, Duration at_most);
   // Returns the kItemDone events in order of the items.
   Result<std::vector<ClientEvent>> FetchBlocking(FetchRequest request, Duration at_most);
-  // buffer: holds the payload. Returns kPutDone's outcome: true if stored, false if already there.
-  Result<bool> PutBlocking(const PutRequest& request, const BlockManifest& manifest,
-                           Duration at_most);
+  // The buffer holds the payload. True if stored, false if it was there already or somebody else is
+  // writing it.
+  Result<bool> PutBlocking(PutRequest request, const BlockManifest& manifest, Duration at_most);
 
  private:
   struct ShardLink {
@@ -122,9 +123,11 @@ class CacheConnection {
     Duration backoff{};
   };
   CacheConnection(Transport* transport, ShardMap map, const Clock* clock,
-                  CacheConnectionOptions options);
+                  CacheConnectionOptions options, std::unique_ptr<RegisteredArena> arena);
   void Connect(size_t shard, TimePoint now);
-  bool Reconnect(TimePoint now);
+  void Backoff(ShardLink* link, TimePoint now);
+  // True if the event was about a connection coming or going.
+  bool OnLinkEvent(const Event& event, TimePoint now);
   // Polls until the done event of `op`; collects all its events.
   Status RunUntil(OpId op, Duration at_most, std::vector<ClientEvent>* of_op);
 

@@ -28,7 +28,8 @@ struct ServerLimits {
   size_t max_puts_per_client = 512;      // open reservations
   size_t max_transfers_per_client =
       64;  // submitted and not done; at most the transport's own limit
-  Duration idle_timeout = std::chrono::minutes(10);  // a silent client is disconnected
+  size_t max_leases_per_client = 16384;  // blocks that Lookups asked to keep
+  size_t max_queued_ranges = 1 << 20;    // of all fetches of all clients
 };
 
 struct ShardServerOptions {
