@@ -2,3 +2,17 @@ kvant_test(codec_test LIBS kvant_kernels LABELS unit TIMEOUT 120)
 kvant_test(attention_test LIBS kvant_kernels LABELS unit TIMEOUT 120)
 kvant_test(linear_test LIBS kvant_kernels LABELS unit TIMEOUT 120)
 kvant_test(vector_test LIBS kvant_kernels LABELS unit TIMEOUT 120)
+kvant_test(format_golden_test LIBS kvant_kernels LABELS golden TIMEOUT 60)
+
+# Writes tests/golden/codec; run by hand when a format changes on purpose.
+add_executable(make_codec_golden make_codec_golden.cc)
+target_link_libraries(make_codec_golden PRIVATE kvant_kernels)
+
+# The second decoder needs only Python's standard library; without Python it is left out.
+find_package(Python3 COMPONENTS Interpreter QUIET)
+if(Python3_FOUND)
+  add_test(NAME format_decoder_test
+    COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/format_decoder.py
+            ${CMAKE_CURRENT_SOURCE_DIR}/golden/codec)
+  set_tests_properties(format_decoder_test PROPERTIES TIMEOUT 60 LABELS golden)
+endif()
