@@ -18,6 +18,16 @@ using kernels::QueryBlock;
 constexpr int kPrefillRowsPerPiece = 16;
 constexpr int kBlocksPerPiece = 8;
 
+// A product of prefill always has all rows, one of decode as many as there are sequences.
+void PrefillProduct(const kernels::Weight& weight, const float* x, int /*rows*/, float* y,
+                    kernels::ThreadPool* pool) {
+  kernels::PrefillLinear(weight, x, y, pool);
+}
+void DecodeProduct(const kernels::Weight& weight, const float* x, int rows, float* y,
+                   kernels::ThreadPool* pool) {
+  kernels::DecodeLinear(weight, x, rows, y, pool);
+}
+
 // Some blocks of one decode row's past, or its open tile.
 struct DecodePiece {
   int row = 0;
@@ -43,7 +53,6 @@ const float* OpenTile::values(int layer) const { return data_.data() + Offset(la
 // or a decode step's sequences.
 struct Decoder::Activations {
   static constexpr int kRows = std::max(kBlockTokens, kMaxDecodeRows);
-  // A product of prefill always has all rows, one of decode as many as there are sequences.
   using Product = void (*)(const kernels::Weight&, const float* x, int rows, float* y,
                            kernels::ThreadPool*);
 
@@ -165,7 +174,7 @@ Decoder::Decoder(const Model* model, kernels::ThreadPool* pool)
     : model_(model), pool_(pool), activations_(std::make_unique<Activations>(model, pool)) {}
 Decoder::~Decoder() = default;
 
-Status Decoder::Prefill(const PrefillBlock& block, const LayerSink& sink, float* logits) {
+Status Decoder::ForwardBlock(const PrefillBlock& block, const LayerSink& sink, bool to_the_end) {
   Activations& a = *activations_;
   const ModelConfig& config = a.config;
   const int tokens = static_cast<int>(block.tokens.size());
@@ -173,10 +182,6 @@ Status Decoder::Prefill(const PrefillBlock& block, const LayerSink& sink, float*
   KV_CHECK(block.position % kBlockTokens == 0 && block.past->tokens() == block.position);
   KV_CHECK(block.position + tokens <= config.max_positions);
   static_assert(kBlockTokens == kernels::kPrefillRows, "a block is one product of prefill");
-  const auto product = [](const kernels::Weight& weight, const float* x, int /*rows*/, float* y,
-                          kernels::ThreadPool* pool) {
-    kernels::PrefillLinear(weight, x, y, pool);
-  };
   int visible[kBlockTokens];  // causal: a token sees itself and what stands before it
   for (int row = 0; row < kBlockTokens; ++row) visible[row] = row + 1;
 
@@ -188,11 +193,11 @@ Status Decoder::Prefill(const PrefillBlock& block, const LayerSink& sink, float*
   }
   for (int layer = 0; layer < config.layers; ++layer) {
     const LayerWeights& weights = model_->layer(layer);
-    a.ProjectQkv(weights, product, kBlockTokens,
+    a.ProjectQkv(weights, PrefillProduct, kBlockTokens,
                  [&](int row) { return block.position + std::min(row, tokens - 1); });
     KV_RETURN_IF_ERROR(sink(layer, a.k.data(), a.v.data()));
     // Nobody reads what the last layer would add to the stream, unless for logits.
-    if (layer + 1 == config.layers && logits == nullptr) break;
+    if (layer + 1 == config.layers && !to_the_end) break;
 
     a.tiles.clear();
     KV_RETURN_IF_ERROR(a.CollectTiles(block.past, layer));
@@ -207,14 +212,38 @@ Status Decoder::Prefill(const PrefillBlock& block, const LayerSink& sink, float*
                          visible + first);
       kernels::FinishPartials(queries, config.head_dim, a.Row(a.attended, first, config.q_width()));
     });
-    a.FinishLayer(weights, product, kBlockTokens);
+    a.FinishLayer(weights, PrefillProduct, kBlockTokens);
   }
-  if (logits != nullptr) {
-    const auto vocab = static_cast<size_t>(config.vocab);
-    a.padded_logits.resize(kBlockTokens * vocab);
-    a.Logits(product, kBlockTokens, a.padded_logits.data());
-    std::copy_n(a.padded_logits.data(), static_cast<size_t>(tokens) * vocab, logits);
-  }
+  return OkStatus();
+}
+
+Status Decoder::Prefill(const PrefillBlock& block, const LayerSink& sink, float* logits) {
+  KV_RETURN_IF_ERROR(ForwardBlock(block, sink, logits != nullptr));
+  if (logits == nullptr) return OkStatus();
+  Activations& a = *activations_;
+  const auto vocab = static_cast<size_t>(a.config.vocab);
+  a.padded_logits.resize(kBlockTokens * vocab);
+  a.Logits(PrefillProduct, kBlockTokens, a.padded_logits.data());
+  std::copy_n(a.padded_logits.data(), block.tokens.size() * vocab, logits);
+  return OkStatus();
+}
+
+Status Decoder::PrefillTail(const PrefillBlock& block, OpenTile* open, float* logits) {
+  KV_CHECK(open->tokens() == 0);
+  Activations& a = *activations_;
+  const size_t tokens = block.tokens.size();
+  const size_t values = tokens * static_cast<size_t>(a.config.kv_width());
+  const LayerSink sink = [&](int layer, const float* keys, const float* vals) {
+    std::copy_n(keys, values, open->data_.data() + open->Offset(layer, false, 0));
+    std::copy_n(vals, values, open->data_.data() + open->Offset(layer, true, 0));
+    return OkStatus();
+  };
+  KV_RETURN_IF_ERROR(ForwardBlock(block, sink, true));
+  open->tokens_ = static_cast<int>(tokens);
+  // Only one row is looked at, so it is computed alone.
+  std::copy_n(a.Row(a.x, static_cast<int>(tokens) - 1, a.config.hidden), a.config.hidden,
+              a.x.data());
+  a.Logits(DecodeProduct, 1, logits);
   return OkStatus();
 }
 
@@ -223,10 +252,6 @@ void Decoder::DecodeStep(std::span<DecodeRow> rows, float* logits) {
   const ModelConfig& config = a.config;
   const int count = static_cast<int>(rows.size());
   KV_CHECK(count >= 1 && count <= kMaxDecodeRows);
-  const auto product = [](const kernels::Weight& weight, const float* x, int product_rows, float* y,
-                          kernels::ThreadPool* pool) {
-    kernels::DecodeLinear(weight, x, product_rows, y, pool);
-  };
   for (int i = 0; i < count; ++i) {
     DecodeRow& row = rows[static_cast<size_t>(i)];
     KV_CHECK(!row.open->full() && row.position < config.max_positions);
@@ -236,7 +261,7 @@ void Decoder::DecodeStep(std::span<DecodeRow> rows, float* logits) {
   }
   for (int layer = 0; layer < config.layers; ++layer) {
     const LayerWeights& weights = model_->layer(layer);
-    a.ProjectQkv(weights, product, count,
+    a.ProjectQkv(weights, DecodeProduct, count,
                  [&](int row) { return rows[static_cast<size_t>(row)].position; });
 
     // Keys and values go to a slot behind the open tile's last token, which counts only at the end.
@@ -285,9 +310,9 @@ void Decoder::DecodeStep(std::span<DecodeRow> rows, float* logits) {
         kernels::FinishPartials(into, config.head_dim, a.Row(a.attended, row, config.q_width()));
       }
     }
-    a.FinishLayer(weights, product, count);
+    a.FinishLayer(weights, DecodeProduct, count);
   }
-  a.Logits(product, count, logits);
+  a.Logits(DecodeProduct, count, logits);
   for (DecodeRow& row : rows) {
     if (row.status.ok()) ++row.open->tokens_;
   }

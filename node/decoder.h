@@ -3,10 +3,10 @@
 // class alone. Decode computes one token for each of several sequences; a row's result does not
 // depend on the other rows.
 //
-// How a sequence of n prompt tokens is computed: blocks cover the tokens [0, n-1), whole ones and
-// a shorter tail; the last prompt token is the first decode row, whose logits choose the first new
-// token. The tokens that follow stay raw in the sequence's OpenTile, which its owner encodes into a
-// block when it is full.
+// How a sequence of n prompt tokens is computed: whole blocks cover the tokens
+// [0, floor((n - 1) / 64) * 64) and may come from anywhere; the 1 to 64 tokens behind them are
+// computed by PrefillTail, whose logits choose the first new token, and stay raw in the sequence's
+// OpenTile. So do the tokens that follow, until its owner encodes the full tile into a block.
 #pragma once
 
 #include <cstdint>
@@ -95,6 +95,11 @@ class Decoder {
   // Errors are those of `past` and `sink`. logits: nullptr, or [tokens][vocab].
   Status Prefill(const PrefillBlock& block, const LayerSink& sink, float* logits);
 
+  // Computes a prompt's tokens behind its last whole block: their keys and values go raw into
+  // `open`, the last token's logits to logits[vocab]. On an error `open` is empty.
+  // REQUIRES: open is empty.
+  Status PrefillTail(const PrefillBlock& block, OpenTile* open, float* logits);
+
   // Computes all rows (1..kMaxDecodeRows). A row whose past fails gets that status, keeps its open
   // tile as it was and leaves its logits undefined; the other rows are not affected.
   // logits: [rows][vocab].
@@ -102,6 +107,9 @@ class Decoder {
 
  private:
   struct Activations;
+  // Leaves the last layer's output in the residual stream, if `to_the_end`.
+  Status ForwardBlock(const PrefillBlock& block, const LayerSink& sink, bool to_the_end);
+
   const Model* model_;
   kernels::ThreadPool* pool_;
   std::unique_ptr<Activations> activations_;

@@ -1,0 +1,521 @@
+// The forward pass against transformers (tests/golden/llama, made by scripts/golden/llama.py) and
+// against a plain double-precision oracle; and what the tier stands on: bits that depend on
+// nothing but a block's tokens, and steps that fail without effect.
+#include "node/decoder.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <deque>
+#include <fstream>
+#include <iterator>
+
+#include "base/bytes.h"
+#include "base/random.h"
+#include "kernels/codec.h"
+#include "node/safetensors.h"
+#include "tests/support/random_model.h"
+#include "tests/support/reference_decoder.h"
+
+namespace kvant::node {
+namespace {
+
+using kernels::Codec;
+using kernels::CodecId;
+using kernels::FindCodec;
+using kernels::SegmentKind;
+using Floats = std::vector<float>;
+
+// The blocks of one sequence, encoded as they are appended.
+class EncodedPast final : public PastBlocks {
+ public:
+  EncodedPast(const ModelConfig& config, const Codec* codec) : config_(config), codec_(codec) {}
+
+  int tokens() const override { return tokens_; }
+  int blocks() const override { return static_cast<int>(blocks_.size()); }
+  Status Layer(int block, int layer, kernels::LayerTile* out) override {
+    if (block == failing_block && layer == failing_layer) {
+      return Unavailable("block {} of the test", block);
+    }
+    const Block& from = blocks_[static_cast<size_t>(block)];
+    out->codec = codec_;
+    out->shape = from.shape;
+    out->keys = Ranges(SegmentKind::kKey, from.keys[static_cast<size_t>(layer)]);
+    out->values = Ranges(SegmentKind::kValue, from.values[static_cast<size_t>(layer)]);
+    return OkStatus();
+  }
+
+  // Begins a block of which Append then brings one layer after the other.
+  void BeginBlock(int tokens) {
+    blocks_.push_back({{tokens, config_.kv_heads, config_.head_dim}, {}, {}});
+  }
+  void Append(const float* keys, const float* values) {
+    Block& block = blocks_.back();
+    block.keys.push_back(Encode(SegmentKind::kKey, block.shape, keys));
+    block.values.push_back(Encode(SegmentKind::kValue, block.shape, values));
+    if (static_cast<int>(block.keys.size()) == config_.layers) tokens_ += block.shape.tokens;
+  }
+
+  // All bytes of the last block.
+  std::vector<std::byte> LastBytes() const {
+    std::vector<std::byte> all;
+    for (const auto* segments : {&blocks_.back().keys, &blocks_.back().values}) {
+      for (const Segment& segment : *segments) {
+        for (const auto& range : segment) all.insert(all.end(), range.begin(), range.end());
+      }
+    }
+    return all;
+  }
+
+  int failing_block = -1;
+  int failing_layer = -1;
+
+ private:
+  using Segment = std::vector<std::vector<std::byte>>;  // [cut][bytes]
+  struct Block {
+    kernels::SegmentShape shape;
+    std::vector<Segment> keys;    // [layer]
+    std::vector<Segment> values;  // [layer]
+  };
+
+  int Cuts(SegmentKind kind) const {
+    return kind == SegmentKind::kKey ? codec_->key_cuts : codec_->value_cuts;
+  }
+  Segment Encode(SegmentKind kind, const kernels::SegmentShape& shape, const float* x) const {
+    Segment segment;
+    kernels::MutableSegmentRanges ranges;
+    for (int cut = 0; cut < Cuts(kind); ++cut) {
+      segment.emplace_back(codec_->range_bytes(kind, shape, cut));
+      ranges.range[cut] = segment.back().data();
+    }
+    float max_error[kernels::kMaxCuts];
+    codec_->encode(kind, shape, x, ranges, max_error);
+    return segment;
+  }
+  kernels::SegmentRanges Ranges(SegmentKind kind, const Segment& segment) const {
+    kernels::SegmentRanges ranges;
+    ranges.cuts = Cuts(kind);
+    for (int cut = 0; cut < ranges.cuts; ++cut) {
+      ranges.range[cut] = segment[static_cast<size_t>(cut)].data();
+    }
+    return ranges;
+  }
+
+  const ModelConfig& config_;
+  const Codec* codec_;
+  int tokens_ = 0;
+  std::deque<Block> blocks_;
+};
+
+// A sequence as the scheduler keeps one.
+struct Sequence {
+  Sequence(const ModelConfig& for_config, const Codec* codec)
+      : config(for_config), past(for_config, codec), open(for_config) {}
+
+  // Prefills tokens from position tokens-so-far on, whole blocks and a tail. Returns the logits.
+  Floats Prefill(Decoder* decoder, std::span<const int32_t> tokens, bool want_logits = true) {
+    Floats logits(want_logits ? tokens.size() * static_cast<size_t>(config.vocab) : 0);
+    for (size_t at = 0; at < tokens.size(); at += kBlockTokens) {
+      const auto block = tokens.subspan(at, std::min<size_t>(kBlockTokens, tokens.size() - at));
+      float* out = want_logits ? logits.data() + at * static_cast<size_t>(config.vocab) : nullptr;
+      const PrefillBlock prefill{block, past.tokens(), &past};
+      // The block under work is no part of its own past until it is whole.
+      std::vector<std::pair<Floats, Floats>> layers;
+      const Status status = decoder->Prefill(
+          prefill,
+          [&](int layer, const float* keys, const float* values) {
+            EXPECT_EQ(layer, static_cast<int>(layers.size()));
+            const size_t count = block.size() * static_cast<size_t>(config.kv_width());
+            layers.emplace_back(Floats(keys, keys + count), Floats(values, values + count));
+            return OkStatus();
+          },
+          out);
+      EXPECT_TRUE(status.ok()) << status.ToString();
+      past.BeginBlock(static_cast<int>(block.size()));
+      for (const auto& [keys, values] : layers) past.Append(keys.data(), values.data());
+    }
+    return logits;
+  }
+
+  int position() const { return past.tokens() + open.tokens(); }
+  DecodeRow Row(int32_t token) { return {token, position(), &past, &open, OkStatus()}; }
+  // Encodes the open tile when it is full.
+  void Close() {
+    if (!open.full()) return;
+    past.BeginBlock(open.tokens());
+    for (int layer = 0; layer < config.layers; ++layer) {
+      past.Append(open.keys(layer), open.values(layer));
+    }
+    open.Clear();
+  }
+
+  const ModelConfig& config;
+  EncodedPast past;
+  OpenTile open;
+};
+
+std::unique_ptr<Model> LoadModel(const std::filesystem::path& directory) {
+  KV_CHECK(kernels::LoadBlas().ok());
+  auto model = Model::Load(directory);
+  EXPECT_TRUE(model.ok()) << model.status().ToString();
+  return model.ok() ? *std::move(model) : nullptr;
+}
+
+std::vector<int32_t> RandomTokens(const ModelConfig& config, size_t count, uint64_t seed) {
+  Random random(seed);
+  std::vector<int32_t> tokens(count);
+  for (int32_t& token : tokens) {
+    token = static_cast<int32_t>(random.Below(static_cast<uint64_t>(config.vocab)));
+  }
+  return tokens;
+}
+
+// Largest difference, relative to the row's largest logit.
+template <typename T>
+double RelativeError(std::span<const float> logits, std::span<const T> golden) {
+  double scale = 0.0;
+  double error = 0.0;
+  for (size_t i = 0; i < golden.size(); ++i) {
+    scale = std::max(scale, std::abs(static_cast<double>(golden[i])));
+    error = std::max(error, std::abs(static_cast<double>(logits[i] - golden[i])));
+  }
+  return error / scale;
+}
+
+std::span<const float> RowOf(const Floats& logits, size_t row, int vocab) {
+  return std::span(logits).subspan(row * static_cast<size_t>(vocab), static_cast<size_t>(vocab));
+}
+
+constexpr double kTolerance = 1e-4;
+
+class GoldenLogits : public testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override {
+    const auto directory =
+        std::filesystem::path(KVANT_SOURCE_DIR) / "tests/golden/llama" / GetParam();
+    model_ = LoadModel(directory);
+    ASSERT_NE(model_, nullptr);
+    KV_CHECK(ReadGolden(directory / "golden.safetensors"));
+  }
+
+  bool ReadGolden(const std::filesystem::path& path) {
+    std::ifstream file(path, std::ios::binary);
+    const std::string text((std::istreambuf_iterator<char>(file)), {});
+    const auto tensors = ParseSafetensors(AsBytes(text), path.string());
+    if (!tensors.ok()) return false;
+    const auto copy = [&](const char* name, auto* out) {
+      const auto bytes = tensors->at(name).bytes;
+      out->resize(bytes.size() / sizeof(*out->data()));
+      std::memcpy(out->data(), bytes.data(), bytes.size());
+    };
+    copy("tokens", &tokens_);
+    copy("rows", &rows_);
+    copy("logits", &golden_);
+    return true;
+  }
+
+  // Compares the logits of position `position`, if there are golden ones.
+  void Compare(size_t position, std::span<const float> logits, const char* how) {
+    const auto found = std::find(rows_.begin(), rows_.end(), static_cast<int32_t>(position));
+    if (found == rows_.end()) return;
+    ++compared_;
+    const auto row = static_cast<size_t>(found - rows_.begin());
+    EXPECT_LT(RelativeError(logits, RowOf(golden_, row, model_->config().vocab)), kTolerance)
+        << how << ", position " << position;
+  }
+
+  std::unique_ptr<Model> model_;
+  std::vector<int32_t> tokens_;
+  std::vector<int32_t> rows_;
+  Floats golden_;  // [rows][vocab]
+  size_t compared_ = 0;
+};
+
+TEST_P(GoldenLogits, Prefill) {
+  kernels::ThreadPool pool(2);
+  Decoder decoder(model_.get(), &pool);
+  Sequence sequence(model_->config(), FindCodec(CodecId::kRawFp32));
+  const Floats logits = sequence.Prefill(&decoder, tokens_);
+  for (size_t i = 0; i < tokens_.size(); ++i) {
+    Compare(i, RowOf(logits, i, model_->config().vocab), "prefill");
+  }
+  EXPECT_EQ(compared_, rows_.size());
+}
+
+TEST_P(GoldenLogits, TokenByToken) {
+  kernels::ThreadPool pool(1);
+  Decoder decoder(model_.get(), &pool);
+  Sequence sequence(model_->config(), FindCodec(CodecId::kRawFp32));
+  Floats logits(static_cast<size_t>(model_->config().vocab));
+  for (size_t i = 0; i < tokens_.size(); ++i) {
+    DecodeRow row = sequence.Row(tokens_[i]);
+    decoder.DecodeStep({&row, 1}, logits.data());
+    ASSERT_TRUE(row.status.ok());
+    Compare(i, logits, "decode");
+    sequence.Close();
+  }
+  EXPECT_EQ(compared_, rows_.size());
+}
+
+// A prompt as the scheduler computes one: whole blocks, the tail raw, then decode.
+TEST_P(GoldenLogits, TailThenDecode) {
+  kernels::ThreadPool pool(2);
+  Decoder decoder(model_.get(), &pool);
+  Floats logits(static_cast<size_t>(model_->config().vocab));
+  for (const size_t prompt : {1U, 63U, 64U, 65U, 101U, 128U, 129U, 149U}) {
+    Sequence sequence(model_->config(), FindCodec(CodecId::kRawFp32));
+    const size_t whole = (prompt - 1) / kBlockTokens * kBlockTokens;
+    sequence.Prefill(&decoder, std::span(tokens_).first(whole), false);
+    const PrefillBlock tail{std::span(tokens_).subspan(whole, prompt - whole),
+                            static_cast<int>(whole), &sequence.past};
+    const Status status = decoder.PrefillTail(tail, &sequence.open, logits.data());
+    ASSERT_TRUE(status.ok()) << status.ToString();
+    ASSERT_EQ(sequence.position(), static_cast<int>(prompt));
+    Compare(prompt - 1, logits, "tail");
+    sequence.Close();
+    for (size_t i = prompt; i < std::min(prompt + 3, tokens_.size()); ++i) {
+      DecodeRow row = sequence.Row(tokens_[i]);
+      decoder.DecodeStep({&row, 1}, logits.data());
+      ASSERT_TRUE(row.status.ok());
+      Compare(i, logits, "decode after the tail");
+      sequence.Close();
+    }
+  }
+  EXPECT_GT(compared_, 10U);
+}
+
+// Four sequences of the same tokens, each some blocks ahead of the next by prefill.
+TEST_P(GoldenLogits, Batch) {
+  kernels::ThreadPool pool(2);
+  Decoder decoder(model_.get(), &pool);
+  std::deque<Sequence> batch;
+  for (const size_t prefilled : {0U, 64U, 128U, 100U}) {
+    Sequence& sequence = batch.emplace_back(model_->config(), FindCodec(CodecId::kRawFp32));
+    sequence.Prefill(&decoder, std::span(tokens_).first(prefilled), false);
+  }
+  const int vocab = model_->config().vocab;
+  for (int step = 0; step < 20; ++step) {
+    std::vector<DecodeRow> rows;
+    for (Sequence& sequence : batch) {
+      rows.push_back(sequence.Row(tokens_[static_cast<size_t>(sequence.position())]));
+    }
+    Floats logits(rows.size() * static_cast<size_t>(vocab));
+    decoder.DecodeStep(rows, logits.data());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      ASSERT_TRUE(rows[i].status.ok());
+      Compare(static_cast<size_t>(rows[i].position), RowOf(logits, i, vocab), "batch");
+      batch[i].Close();
+    }
+  }
+  EXPECT_GT(compared_, 10U);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, GoldenLogits,
+                         testing::Values("gqa", "mqa_tied_64", "mha_odd_96", "gqa_128_llama3",
+                                         "linear_fp16_sharded", "gqa_fp32"));
+
+// Random shapes against the oracle.
+TEST(DecoderProperty, AgreesWithPlainDoublePrecision) {
+  for (uint64_t seed = 0; seed < 12; ++seed) {
+    Random random(seed);
+    support::RandomModelOptions options;
+    options.seed = seed;
+    options.type = std::vector{DataType::kBf16, DataType::kFp16, DataType::kFp32}[seed % 3];
+    ModelConfig& config = options.config;
+    config = support::TinyConfig();
+    config.layers = 1 + static_cast<int>(random.Below(3));
+    config.hidden = 8 * (1 + static_cast<int>(random.Below(9)));
+    config.intermediate = 1 + static_cast<int>(random.Below(90));
+    config.kv_heads = 1 + static_cast<int>(random.Below(3));
+    config.q_heads = config.kv_heads * (1 + static_cast<int>(random.Below(4)));
+    config.head_dim = 8 * (1 + static_cast<int>(random.Below(8)));
+    config.tied_output = random.Chance(0.5);
+    support::TemporaryDirectory directory;
+    ASSERT_TRUE(support::WriteRandomModel(directory.path(), options).ok());
+    const auto model = LoadModel(directory.path());
+    ASSERT_NE(model, nullptr);
+    const auto tokens = RandomTokens(config, 40 + random.Below(120), seed);
+    const auto golden = support::ReferenceLogits(*model, tokens);
+
+    kernels::ThreadPool pool(2);
+    Decoder decoder(model.get(), &pool);
+    Sequence sequence(config, FindCodec(CodecId::kRawFp32));
+    const size_t prefilled = tokens.size() - 1 - random.Below(30);
+    Floats logits = sequence.Prefill(&decoder, std::span(tokens).first(prefilled));
+    logits.resize(tokens.size() * static_cast<size_t>(config.vocab));
+    for (size_t i = prefilled; i < tokens.size(); ++i) {
+      DecodeRow row = sequence.Row(tokens[i]);
+      decoder.DecodeStep({&row, 1}, logits.data() + i * static_cast<size_t>(config.vocab));
+      ASSERT_TRUE(row.status.ok());
+      sequence.Close();
+    }
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      ASSERT_LT(RelativeError(RowOf(logits, i, config.vocab), std::span<const double>(golden[i])),
+                kTolerance)
+          << "seed " << seed << ", position " << i << ", prefilled " << prefilled;
+    }
+  }
+}
+
+class BitsTest : public testing::TestWithParam<CodecId> {
+ protected:
+  void SetUp() override {
+    support::RandomModelOptions options;
+    options.config = support::TinyConfig();
+    options.config.q_heads = 6;
+    options.config.head_dim = 24;
+    options.config.layers = 3;
+    ASSERT_TRUE(support::WriteRandomModel(directory_.path(), options).ok());
+    model_ = LoadModel(directory_.path());
+    ASSERT_NE(model_, nullptr);
+    tokens_ = RandomTokens(model_->config(), 700, 9);
+  }
+  const Codec* codec() const { return FindCodec(GetParam()); }
+  std::span<const int32_t> Tokens(size_t first, size_t count) const {
+    return std::span(tokens_).subspan(first, count);
+  }
+  // Logits of one decode step after `prompt`.
+  Floats StepAlone(int threads, std::span<const int32_t> prompt, int32_t token) {
+    kernels::ThreadPool pool(threads);
+    Decoder decoder(model_.get(), &pool);
+    Sequence sequence(model_->config(), codec());
+    sequence.Prefill(&decoder, prompt, false);
+    Floats logits(static_cast<size_t>(model_->config().vocab));
+    DecodeRow row = sequence.Row(token);
+    decoder.DecodeStep({&row, 1}, logits.data());
+    EXPECT_TRUE(row.status.ok());
+    return logits;
+  }
+
+  support::TemporaryDirectory directory_;
+  std::unique_ptr<Model> model_;
+  std::vector<int32_t> tokens_;
+};
+
+TEST_P(BitsTest, RowDoesNotDependOnItsCompany) {
+  const int vocab = model_->config().vocab;
+  const size_t lengths[] = {1, 600, 64, 130, 513};  // of the prompts
+  kernels::ThreadPool pool(2);
+  Decoder decoder(model_.get(), &pool);
+  std::deque<Sequence> batch;
+  std::vector<DecodeRow> rows;
+  for (const size_t length : lengths) {
+    Sequence& sequence = batch.emplace_back(model_->config(), codec());
+    sequence.Prefill(&decoder, Tokens(0, length), false);
+    rows.push_back(sequence.Row(tokens_[length]));
+  }
+  Floats logits(rows.size() * static_cast<size_t>(vocab));
+  decoder.DecodeStep(rows, logits.data());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    ASSERT_TRUE(rows[i].status.ok());
+    const Floats alone = StepAlone(1, Tokens(0, lengths[i]), tokens_[lengths[i]]);
+    const auto row = RowOf(logits, i, vocab);
+    EXPECT_TRUE(std::equal(alone.begin(), alone.end(), row.begin())) << "prompt " << lengths[i];
+  }
+}
+
+TEST_P(BitsTest, ThreadsChangeNothing) {
+  const auto run = [&](int threads) {
+    kernels::ThreadPool pool(threads);
+    Decoder decoder(model_.get(), &pool);
+    Sequence sequence(model_->config(), codec());
+    Floats logits = sequence.Prefill(&decoder, Tokens(0, 300));
+    const auto bytes = sequence.past.LastBytes();
+    return std::pair(std::move(logits), bytes);
+  };
+  const auto one = run(1);
+  for (const int threads : {2, 3}) EXPECT_EQ(run(threads), one) << threads << " threads";
+}
+
+// A block's bytes are the same whatever the decoder computed before, with logits or without, and
+// behind a past that came from elsewhere.
+TEST_P(BitsTest, BlockDependsOnItsTokensAlone) {
+  kernels::ThreadPool pool(2);
+  Decoder fresh(model_.get(), &pool);
+  Sequence first(model_->config(), codec());
+  first.Prefill(&fresh, Tokens(0, 128), false);
+  first.Prefill(&fresh, Tokens(128, 40), false);
+
+  Decoder used(model_.get(), &pool);
+  Sequence other(model_->config(), codec());
+  other.Prefill(&used, Tokens(300, 200), true);
+  std::vector<DecodeRow> rows = {other.Row(3)};
+  Floats logits(static_cast<size_t>(model_->config().vocab));
+  used.DecodeStep(rows, logits.data());
+  Sequence second(model_->config(), codec());
+  second.Prefill(&used, Tokens(0, 64), true);
+  second.Prefill(&used, Tokens(64, 64), false);
+  second.Prefill(&used, Tokens(128, 40), true);
+  EXPECT_EQ(first.past.LastBytes(), second.past.LastBytes());
+}
+
+TEST_P(BitsTest, FailedRowHasNoEffect) {
+  const int vocab = model_->config().vocab;
+  kernels::ThreadPool pool(2);
+  Decoder decoder(model_.get(), &pool);
+  std::deque<Sequence> batch;
+  for (const size_t length : {100U, 200U, 300U}) {
+    Sequence& sequence = batch.emplace_back(model_->config(), codec());
+    sequence.Prefill(&decoder, Tokens(0, length), false);
+  }
+  const auto step = [&] {
+    std::vector<DecodeRow> rows;
+    for (Sequence& sequence : batch) rows.push_back(sequence.Row(7));
+    Floats logits(rows.size() * static_cast<size_t>(vocab));
+    decoder.DecodeStep(rows, logits.data());
+    return std::pair(std::move(rows), std::move(logits));
+  };
+  for (int failing_layer = 0; failing_layer < model_->config().layers; ++failing_layer) {
+    batch[1].past.failing_block = 2;
+    batch[1].past.failing_layer = failing_layer;
+    const int before = batch[1].open.tokens();
+    const auto [rows, logits] = step();
+    EXPECT_TRUE(rows[0].status.ok());
+    EXPECT_EQ(rows[1].status.code(), StatusCode::kUnavailable);
+    EXPECT_TRUE(rows[2].status.ok());
+    EXPECT_EQ(batch[1].open.tokens(), before);
+    EXPECT_EQ(batch[0].open.tokens(), failing_layer + 1);
+    if (failing_layer > 0) continue;
+    for (const size_t healthy : {0U, 2U}) {
+      const Floats alone = StepAlone(1, Tokens(0, 100 * (healthy + 1)), 7);
+      const auto row = RowOf(logits, healthy, vocab);
+      EXPECT_TRUE(std::equal(alone.begin(), alone.end(), row.begin()));
+    }
+  }
+  batch[1].past.failing_block = -1;
+  const auto [rows, logits] = step();
+  EXPECT_TRUE(rows[1].status.ok());
+  const Floats alone = StepAlone(1, Tokens(0, 200), 7);
+  const auto row = RowOf(logits, 1, vocab);
+  EXPECT_TRUE(std::equal(alone.begin(), alone.end(), row.begin())) << "the retry differs";
+}
+
+TEST_P(BitsTest, PrefillEndsWithTheErrorOfItsPastOrSink) {
+  kernels::ThreadPool pool(1);
+  Decoder decoder(model_.get(), &pool);
+  Sequence sequence(model_->config(), codec());
+  sequence.Prefill(&decoder, Tokens(0, 64), false);
+  int layers_seen = 0;
+  const PrefillBlock block{Tokens(64, 10), 64, &sequence.past};
+  const auto sink = [&](int, const float*, const float*) {
+    return ++layers_seen == 2 ? DataLoss("the sink is full") : OkStatus();
+  };
+  EXPECT_EQ(decoder.Prefill(block, sink, nullptr).code(), StatusCode::kDataLoss);
+  layers_seen = 10;
+  sequence.past.failing_block = 0;
+  sequence.past.failing_layer = 1;
+  EXPECT_EQ(decoder.Prefill(block, sink, nullptr).code(), StatusCode::kUnavailable);
+  Floats logits(static_cast<size_t>(model_->config().vocab));
+  EXPECT_EQ(decoder.PrefillTail(block, &sequence.open, logits.data()).code(),
+            StatusCode::kUnavailable);
+  EXPECT_EQ(sequence.open.tokens(), 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(Codecs, BitsTest,
+                         testing::Values(CodecId::kRawBf16, CodecId::kTile8, CodecId::kTile4));
+
+}  // namespace
+}  // namespace kvant::node
