@@ -4,6 +4,12 @@ kvant_test(linear_test LIBS kvant_kernels LABELS unit TIMEOUT 120)
 kvant_test(vector_test LIBS kvant_kernels LABELS unit TIMEOUT 120)
 kvant_test(format_golden_test LIBS kvant_kernels LABELS golden TIMEOUT 60)
 
+# Debian's librapidcheck-dev has no CMake package.
+find_path(RAPIDCHECK_INCLUDE rapidcheck.h REQUIRED)
+find_library(RAPIDCHECK_LIBRARY rapidcheck REQUIRED)
+kvant_test(kernel_property_test LIBS kvant_kernels ${RAPIDCHECK_LIBRARY} LABELS property TIMEOUT 300)
+target_include_directories(kernel_property_test SYSTEM PRIVATE ${RAPIDCHECK_INCLUDE})
+
 # Writes tests/golden/codec; run by hand when a format changes on purpose.
 add_executable(make_codec_golden make_codec_golden.cc)
 target_link_libraries(make_codec_golden PRIVATE kvant_kernels)
