@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "kernel_fixtures.h"
+#include "kernels/implementation.h"
 
 namespace kvant::kernels {
 namespace {
@@ -253,6 +254,32 @@ TEST(AttentionTest, ARowDoesNotKnowItsCompany) {
     EXPECT_EQ(together.max, apart.max) << codec->name;
     EXPECT_EQ(together.sum, apart.sum) << codec->name;
     EXPECT_EQ(together.weighted, apart.weighted) << codec->name;
+  }
+}
+
+TEST(AttentionTest, EveryImplementationGivesTheBitsOfTheReference) {
+  Random random(23);
+  for (const Codec* codec : Codecs()) {
+    for (const int head_dim : {64, 72, 256}) {
+      const SegmentShape shape = {1 + static_cast<int>(random.Below(64)), 2, head_dim};
+      const Block block(*codec, shape, &random);
+      const RawTokens raw = {block.x_keys.data(), block.x_values.data(), shape};
+      const int visible[] = {shape.tokens, shape.tokens / 2};
+      Random one(24);
+      Queries expected(2, 6, head_dim, &one);
+      Implementations().back()->attend_tile(expected.block, block.Tile(1, 1));
+      Implementations().back()->attend_raw(expected.block, raw, visible);
+      for (const Implementation* implementation : Implementations()) {
+        if (!implementation->runs_here()) continue;
+        Random two(24);
+        Queries found(2, 6, head_dim, &two);
+        implementation->attend_tile(found.block, block.Tile(1, 1));
+        implementation->attend_raw(found.block, raw, visible);
+        EXPECT_EQ(found.max, expected.max) << implementation->name << " " << codec->name;
+        EXPECT_EQ(found.sum, expected.sum) << implementation->name << " " << codec->name;
+        EXPECT_EQ(found.weighted, expected.weighted) << implementation->name << " " << codec->name;
+      }
+    }
   }
 }
 

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 
@@ -260,6 +261,22 @@ TEST(ImplementationTest, UnknownNameListsTheNames) {
   EXPECT_NE(status.message().find("scalar"), std::string::npos);
   EXPECT_EQ((*FindImplementation("scalar"))->name, "scalar");
   EXPECT_TRUE(FindImplementation("").ok());
+}
+
+TEST(ImplementationDeathTest, EnvironmentIsHonouredAndWrongNamesEndTheProcess) {
+  GTEST_FLAG_SET(death_test_style, "threadsafe");
+  EXPECT_EXIT(
+      {
+        setenv("KVANT_ISA", "scalar", 1);
+        std::exit(ChooseImplementation().ok() && ActiveImplementation().name == "scalar" ? 0 : 1);
+      },
+      testing::ExitedWithCode(0), "");
+  EXPECT_EXIT(
+      {
+        setenv("KVANT_ISA", "mmx", 1);
+        static_cast<void>(ActiveImplementation());
+      },
+      testing::ExitedWithCode(2), "KVANT_ISA=mmx is unknown; there are: .*scalar");
 }
 
 TEST(PayloadLayoutTest, BasesStandBeforeRefinements) {

@@ -2,6 +2,7 @@ kvant_test(codec_test LIBS kvant_kernels LABELS unit TIMEOUT 120)
 kvant_test(attention_test LIBS kvant_kernels LABELS unit TIMEOUT 120)
 kvant_test(linear_test LIBS kvant_kernels LABELS unit TIMEOUT 120)
 kvant_test(vector_test LIBS kvant_kernels LABELS unit TIMEOUT 120)
+kvant_test(kernel_bench_test LIBS kvant_kernels LABELS bench TIMEOUT 60)
 kvant_test(format_golden_test LIBS kvant_kernels LABELS golden TIMEOUT 60)
 
 # Debian's librapidcheck-dev has no CMake package.

@@ -1,0 +1,35 @@
+// kernels/bench.h measures something plausible; the numbers themselves are for people.
+#include <gtest/gtest.h>
+
+#include "kernels/bench.h"
+
+namespace kvant::kernels {
+namespace {
+
+constexpr Duration kShort = std::chrono::milliseconds(2);
+
+TEST(KernelBenchTest, EveryRateIsPositive) {
+  ThreadPool pool(2);
+  const Rate read = MeasureRead(1 << 20, &pool, kShort);
+  EXPECT_GT(read.per_second, 1e6);
+  EXPECT_GE(read.rounds, 1);
+  const GemmShape shape = {kPrefillRows, 200, 64};
+  const Result<Rate> prefill = MeasurePrefillLinear(shape, &pool, kShort);
+  ASSERT_TRUE(prefill.ok()) << prefill.status().ToString();
+  EXPECT_GT(prefill->per_second, 1e6);
+  const Result<Rate> plain = MeasurePlainGemm({256, 200, 64}, &pool, kShort);
+  ASSERT_TRUE(plain.ok());
+  EXPECT_GT(plain->per_second, 1e6);
+  EXPECT_GT(MeasureDecodeLinear({2, 100, 64}, 1 << 16, &pool, kShort).per_second, 1e6);
+  for (const Codec* codec : Codecs()) {
+    const TileRates rates =
+        MeasureTile(*codec, {64, 2, 64}, codec->key_cuts, 1, 8, 1, 1 << 16, kShort);
+    EXPECT_GT(rates.encode, 1e5) << codec->name;
+    EXPECT_GT(rates.decode, 1e5) << codec->name;
+    EXPECT_GT(rates.attend, 1e5) << codec->name;
+    EXPECT_GT(rates.attend_encoded, 0.0) << codec->name;
+  }
+}
+
+}  // namespace
+}  // namespace kvant::kernels
