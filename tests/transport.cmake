@@ -1,3 +1,16 @@
 # Tests of transport/.
 kvant_test(transport_conformance_test SOURCES transport_suite.cc transport_peer.cc
   LIBS kvant_transport LABELS conformance TIMEOUT 120)
+
+if(KV_HAVE_MPI)
+  # Two ranks, on however many cores; has a main() of its own.
+  set(transport_mpi_sources transport_mpi_test.cc transport_suite.cc transport_peer.cc)
+  list(TRANSFORM transport_mpi_sources
+    PREPEND ${CMAKE_CURRENT_LIST_DIR}/ OUTPUT_VARIABLE transport_mpi_sources)
+  add_executable(transport_mpi_test ${transport_mpi_sources})
+  target_link_libraries(transport_mpi_test PRIVATE kvant_transport GTest::gtest)
+  add_test(NAME transport_mpi_test
+    COMMAND ${MPIEXEC_EXECUTABLE} -np 2 --oversubscribe --allow-run-as-root
+    $<TARGET_FILE:transport_mpi_test>)
+  set_tests_properties(transport_mpi_test PROPERTIES TIMEOUT 120 LABELS "conformance;mpi")
+endif()

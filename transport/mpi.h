@@ -36,8 +36,6 @@ class MpiSession {
   // "mpi:" or the own address.
   Result<std::unique_ptr<Transport>> MakeTransport();
 
-  const MpiState& state() const { return *state_; }
-
  private:
   explicit MpiSession(std::unique_ptr<MpiState> state);
   std::unique_ptr<MpiState> state_;
