@@ -1,9 +1,9 @@
 #include "node/json.h"
 
 #include <cerrno>
-#include <cmath>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -12,6 +12,31 @@ namespace kvant::node {
 namespace {
 
 using nlohmann::json;
+
+// What any file that is read here needs, with room to spare. Every level costs memory of its own,
+// so a file of nothing but brackets would take a hundred times its size.
+constexpr int kMaxDepth = 64;
+// A parser's message repeats what it read last, which can be as long as the file.
+constexpr size_t kMaxMessageBytes = 300;
+
+bool IsTooDeep(std::string_view text) {
+  int depth = 0;
+  bool in_string = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (in_string) {
+      if (c == '\\') ++i;
+      if (c == '"') in_string = false;
+    } else if (c == '"') {
+      in_string = true;
+    } else if (c == '[' || c == '{') {
+      if (++depth > kMaxDepth) return true;
+    } else if (c == ']' || c == '}') {
+      --depth;
+    }
+  }
+  return false;
+}
 
 Status WrongField(const std::string& name, std::string_view key, std::string_view expected,
                   const json& found) {
@@ -49,6 +74,9 @@ Result<std::string> ReadFile(const std::filesystem::path& path, uint64_t limit_b
 }
 
 Result<json> ParseJson(std::string_view text, const std::string& name) {
+  if (IsTooDeep(text)) {
+    return InvalidArgument("{}: malformed JSON: nested deeper than {} levels", name, kMaxDepth);
+  }
   std::vector<std::unordered_set<std::string>> open_objects;
   std::string duplicate;
   const auto watch = [&](int /*depth*/, json::parse_event_t event, json& parsed) {
@@ -70,7 +98,8 @@ Result<json> ParseJson(std::string_view text, const std::string& name) {
     }
     return value;
   } catch (const json::exception& error) {
-    return InvalidArgument("{}: malformed JSON: {}", name, error.what());
+    return InvalidArgument("{}: malformed JSON: {}", name,
+                           std::string_view(error.what()).substr(0, kMaxMessageBytes));
   }
 }
 

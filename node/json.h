@@ -14,8 +14,8 @@ namespace kvant::node {
 // The bytes of a file of at most `limit_bytes`. kInvalidArgument names it and says why not.
 Result<std::string> ReadFile(const std::filesystem::path& path, uint64_t limit_bytes);
 
-// kInvalidArgument names `name` and the place in the text. An object with one key twice is refused:
-// readers differ in which of them counts.
+// kInvalidArgument names `name` and the place in the text. An object with one key twice is refused,
+// because readers differ in which of them counts, and so is nesting beyond 64 levels.
 Result<nlohmann::json> ParseJson(std::string_view text, const std::string& name);
 
 // object[key], or nullptr when it is absent or null. REQUIRES: object.is_object().

@@ -85,6 +85,8 @@ TEST(ParseSafetensors, SaysWhatIsWrong) {
                       R"("a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})",
                       4),
               HasSubstr("stands twice"));
+  EXPECT_THAT(ErrorOf(std::string(1 << 20, '['), 0), HasSubstr("nested deeper"));
+  EXPECT_THAT(ErrorOf("{\"" + std::string(1 << 20, 'a'), 0), testing::SizeIs(testing::Lt(400)));
   const std::string huge = "\xff\xff\xff\xff\xff\xff\xff\xff{}";
   EXPECT_THAT(ParseSafetensors(AsBytes(huge), "f").status().message(), HasSubstr("header"));
   EXPECT_THAT(ParseSafetensors(AsBytes("{}"), "f").status().message(), HasSubstr("too few"));
