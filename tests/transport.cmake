@@ -2,6 +2,12 @@
 kvant_test(transport_conformance_test SOURCES transport_suite.cc transport_peer.cc
   LIBS kvant_transport LABELS conformance TIMEOUT 120)
 
+# Debian's librapidcheck-dev has no CMake package.
+find_path(RAPIDCHECK_INCLUDE rapidcheck.h REQUIRED)
+find_library(RAPIDCHECK_LIBRARY rapidcheck REQUIRED)
+kvant_test(arena_test LIBS kvant_transport ${RAPIDCHECK_LIBRARY} LABELS unit property TIMEOUT 60)
+target_include_directories(arena_test SYSTEM PRIVATE ${RAPIDCHECK_INCLUDE})
+
 if(KV_HAVE_MPI)
   # Two ranks, on however many cores; has a main() of its own.
   set(transport_mpi_sources transport_mpi_test.cc transport_suite.cc transport_peer.cc)

@@ -1,5 +1,6 @@
 // Runs the behaviour suite over the transports that one process can hold both ends of.
 #include "tests/transport_suite.h"
+#include "transport/faulty.h"
 #include "transport/loopback.h"
 #include "transport/tcp.h"
 
@@ -41,9 +42,16 @@ std::unique_ptr<Rig> MakeTcp() {
   return std::make_unique<LocalRig>(NewTcp(), NewTcp(), "tcp://127.0.0.1:0");
 }
 
+std::unique_ptr<Rig> MakeFaultless() {
+  LoopbackHub hub;
+  return std::make_unique<LocalRig>(MakeFaultyTransport(hub.MakeTransport(), {}),
+                                    MakeFaultyTransport(hub.MakeTransport(), {}), "loopback:agent");
+}
+
 INSTANTIATE_TEST_SUITE_P(Local, TransportSuite,
                          ::testing::Values(RigMaker{"loopback", &MakeLoopback},
-                                           RigMaker{"tcp", &MakeTcp}),
+                                           RigMaker{"tcp", &MakeTcp},
+                                           RigMaker{"faulty", &MakeFaultless}),
                          [](const auto& test) { return test.param.name; });
 
 }  // namespace

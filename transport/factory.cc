@@ -1,0 +1,67 @@
+#include "transport/factory.h"
+
+#include <array>
+
+namespace kvant {
+namespace {
+
+constexpr std::array<TransportBackend, 3> kBackends = {{
+    {.name = "mpi",
+     .unavailable = [](const TransportOptions& options) -> std::optional<std::string> {
+       if (options.mpi != nullptr) return std::nullopt;
+       return "mpi needs ranks: start the program with mpirun";
+     },
+     .make = [](const TransportOptions& options) { return options.mpi->MakeTransport(); }},
+    {.name = "tcp",
+     .unavailable = [](const TransportOptions&) -> std::optional<std::string> {
+       return std::nullopt;
+     },
+     .make = [](const TransportOptions& options) -> Result<std::unique_ptr<Transport>> {
+       KV_ASSIGN_OR_RETURN(std::unique_ptr<Transport> made, MakeTcpTransport(options.tcp));
+       return made;
+     }},
+    {.name = "loopback",
+     .unavailable = [](const TransportOptions& options) -> std::optional<std::string> {
+       if (options.loopback != nullptr) return std::nullopt;
+       return "loopback needs a hub: it connects parts of one process only";
+     },
+     .make = [](const TransportOptions& options) -> Result<std::unique_ptr<Transport>> {
+       return options.loopback->MakeTransport();
+     }},
+}};
+
+std::string Names() {
+  std::string names;
+  for (const TransportBackend& backend : kBackends) {
+    names += names.empty() ? "" : ", ";
+    names += backend.name;
+  }
+  return names;
+}
+
+}  // namespace
+
+std::span<const TransportBackend> TransportBackends() { return kBackends; }
+
+Result<std::unique_ptr<Transport>> MakeTransport(std::string_view name,
+                                                 const TransportOptions& options) {
+  for (const TransportBackend& backend : kBackends) {
+    if (backend.name != name) continue;
+    if (auto why = backend.unavailable(options)) {
+      return MakeStatus(StatusCode::kUnsupported, "making a transport: {}", *why);
+    }
+    return backend.make(options);
+  }
+  return InvalidArgument("making a transport named '{}': there are {}", name, Names());
+}
+
+Result<std::string_view> BackendOfAddress(std::string_view address) {
+  const std::string_view scheme = address.substr(0, address.find(':'));
+  for (const TransportBackend& backend : kBackends) {
+    if (scheme.size() < address.size() && backend.name == scheme) return backend.name;
+  }
+  return InvalidArgument("reading the address '{}': it must begin with one of {} and a colon",
+                         address, Names());
+}
+
+}  // namespace kvant
