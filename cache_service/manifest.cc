@@ -27,7 +27,7 @@ constexpr size_t kMaxRowBytes = 1 + 3 + 2 + 5 + 4 + 8;  // layer < 2^14, length 
 constexpr size_t kMaxHeaderBytes = 1 + 1 + kDigestBytes + 4 + kDigestBytes + 2 * kMaxVarint;
 
 auto Position(const ManifestRow& row) {
-  return std::make_tuple(row.part, row.cut, row.layer, row.kind);
+  return std::make_tuple(row.cut, row.part, row.layer, row.kind);
 }
 
 class Writer {
@@ -228,7 +228,7 @@ Status BlockManifest::Validate() const {
                              i, row.part, row.cut, row.layer, row.kind);
     }
     if (i > 0 && !(Position(rows[i - 1]) < Position(row))) {
-      return InvalidArgument("manifest row {}: rows are not in order of part, cut, layer, kind", i);
+      return InvalidArgument("manifest row {}: rows are not in order of cut, part, layer, kind", i);
     }
     if (row.offset != end) {
       return InvalidArgument("manifest row {}: offset {}, but the row before ends at {}", i,

@@ -67,9 +67,9 @@ struct SelectedRow {
 };
 
 // Value; Validate() says whether the invariants hold:
-// 1. Rows are strictly increasing in (part, cut, layer, kind) and stand in the payload in that
-// order
-//    without gap or overlap, from offset 0. So offsets follow from lengths.
+// 1. Rows are strictly increasing in (cut, part, layer, kind) and stand in the payload in that
+// order without gap or overlap, from offset 0. So offsets follow from lengths, and a prefix of the
+// payload is the block at a lower cut.
 // 2. If cut c > 0 of a (part, layer, kind) is there, so is cut c - 1.
 // 3. Limits above hold.
 struct BlockManifest {

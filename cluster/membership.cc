@@ -79,10 +79,14 @@ Result<RolePlan> RolePlan::Parse(std::string_view text, int ranks) {
     counts[*role] = count;
   }
   const RolePlan plan(counts);
-  for (const Role role : {Role::kPrefill, Role::kDecode}) {
-    if (plan.count(role) == 0) {
-      return InvalidArgument("roles '{}': at least one {} rank is needed", text, RoleName(role));
-    }
+  if (plan.count(Role::kDecode) == 0) {
+    return InvalidArgument("roles '{}': at least one decode rank is needed", text);
+  }
+  if (plan.count(Role::kPrefill) > 0 && plan.count(Role::kCache) == 0) {
+    return InvalidArgument(
+        "roles '{}': what prefill ranks compute reaches the decode ranks through cache ranks; use "
+        "cache=1 or more, or prefill=0",
+        text);
   }
   if (plan.ranks() != ranks) {
     return InvalidArgument(

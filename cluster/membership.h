@@ -25,9 +25,10 @@ std::string_view RoleName(Role role);
 // Which rank does what: cache ranks first, then prefill, then decode. Immutable value.
 class RolePlan {
  public:
-  // Reads "cache=2,prefill=1,decode=1" for a job of `ranks` processes. kInvalidArgument: an unknown
-  // role, one named twice, a count that is not a number, a sum that is not `ranks`, or a role that
-  // the job cannot do without (prefill and decode; cache may be 0).
+  // Reads "cache=2,prefill=1,decode=1" for a job of `ranks` processes. Without prefill ranks the
+  // decode ranks compute prompts themselves. kInvalidArgument: an unknown role, one named twice, a
+  // count that is not a number, a sum that is not `ranks`, no decode rank, or prefill without
+  // cache.
   static Result<RolePlan> Parse(std::string_view text, int ranks);
 
   int ranks() const { return counts_[0] + counts_[1] + counts_[2]; }

@@ -44,8 +44,10 @@ inline TestBlock MakeBlock(const BlockKey& key, const BlockKey& parent, uint64_t
       block.payload.insert(block.payload.end(), row.begin(), row.end());
     }
   };
-  for (int cut = 0; cut < key_cuts; ++cut) append(0, static_cast<uint8_t>(cut));
-  append(1, 0);
+  for (int cut = 0; cut < key_cuts; ++cut) {
+    append(0, static_cast<uint8_t>(cut));
+    if (cut == 0) append(1, 0);
+  }
   return block;
 }
 

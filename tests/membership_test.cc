@@ -38,7 +38,7 @@ TEST(RolePlan, GivesRanksTheirRolesInOrder) {
 }
 
 TEST(RolePlan, CacheRanksAreOptional) {
-  const Result<RolePlan> plan = RolePlan::Parse("prefill=1,decode=2", 3);
+  const Result<RolePlan> plan = RolePlan::Parse("decode=3", 3);
   ASSERT_TRUE(plan.ok());
   EXPECT_EQ(plan->count(Role::kCache), 0);
   EXPECT_FALSE(plan->CacheShards().ok());
@@ -52,7 +52,7 @@ TEST(RolePlan, TeachesWhatIsWrong) {
   } cases[] = {
       {"cache=2,prefill=1,decode=1", 3, "mpirun -np 4"},
       {"cache=2,prefill=1", 3, "decode"},
-      {"cache=2,decode=1", 3, "prefill"},
+      {"prefill=1,decode=1", 2, "cache=1"},
       {"", 1, "ROLE=COUNT"},
       {"cook=1,prefill=1,decode=1", 3, "cook=1"},
       {"cache=two,prefill=1,decode=1", 3, "two"},
