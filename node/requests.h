@@ -10,13 +10,9 @@
 
 #include "base/clock.h"
 #include "base/status.h"
+#include "node/chat_template.h"
 
 namespace kvant::node {
-
-struct ChatMessage {
-  std::string role;
-  std::string content;
-};
 
 // One line of a requests file. Defaults are those of OpenAI's API, but for `seed`, which is 0: an
 // answer of Kvant is a function of its request.

@@ -1,0 +1,250 @@
+#include "node/bench.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <thread>
+#include <vector>
+
+#include "base/random.h"
+#include "kernels/bench.h"
+#include "node/block_past.h"
+#include "node/report.h"
+#include "node/requests.h"
+#include "transport/bench.h"
+
+namespace kvant::node {
+namespace {
+
+using Json = nlohmann::json;
+
+Duration ToDuration(double seconds) {
+  return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
+}
+
+Status WriteRows(const std::string& path, const Json& rows) {
+  return path.empty() ? OkStatus() : WriteFile(path, rows.dump(2) + "\n");
+}
+
+// `tokens` tokens of encoded keys and values drawn at random: speed does not depend on them.
+std::vector<CachedBlockPtr> RandomPast(const BlockClass& block_class, int tokens) {
+  const kernels::PayloadLayout& layout = block_class.layout();
+  const size_t elements = static_cast<size_t>(kBlockTokens) *
+                          static_cast<size_t>(layout.shape().kv_heads * layout.shape().head_dim);
+  Random random(1);
+  std::vector<float> x(elements);
+  for (float& value : x) value = static_cast<float>(random.Normal());
+  std::vector<CachedBlockPtr> blocks;
+  for (int begin = 0; begin < tokens; begin += kBlockTokens) {
+    auto block = std::make_shared<CachedBlock>(block_class, BlockKey{}, block_class.FullCuts());
+    for (int layer = 0; layer < layout.layers(); ++layer) {
+      for (const auto kind : {kernels::SegmentKind::kKey, kernels::SegmentKind::kValue}) {
+        float max_error[kernels::kMaxCuts];
+        block_class.codec().encode(kind, layout.shape(), x.data(),
+                                   layout.MutableRanges(kind, layer, block->bytes.data()),
+                                   max_error);
+      }
+      block->MarkReady(layer);
+    }
+    blocks.push_back(std::move(block));
+  }
+  return blocks;
+}
+
+// Shapes of the products of one layer, for 64 rows.
+std::vector<kernels::GemmShape> LayerShapes(const ModelConfig& config) {
+  const int rows = kernels::kPrefillRows;
+  return {{rows, config.q_width(), config.hidden},    {rows, config.kv_width(), config.hidden},
+          {rows, config.kv_width(), config.hidden},   {rows, config.hidden, config.q_width()},
+          {rows, config.intermediate, config.hidden}, {rows, config.intermediate, config.hidden},
+          {rows, config.hidden, config.intermediate}};
+}
+
+double Operations(const kernels::GemmShape& shape) {
+  return 2.0 * shape.rows * shape.out_features * shape.in_features;
+}
+
+// What plain sgemm reaches on the products of a layer, in operations a second.
+Result<double> SgemmRate(const ModelConfig& config, kernels::ThreadPool* pool, Duration each) {
+  double operations = 0;
+  double seconds = 0;
+  for (const kernels::GemmShape& shape : LayerShapes(config)) {
+    KV_ASSIGN_OR_RETURN(const kernels::Rate rate, kernels::MeasurePlainGemm(shape, pool, each));
+    operations += Operations(shape);
+    seconds += Operations(shape) / rate.per_second;
+  }
+  return operations / seconds;
+}
+
+// Runs `once` for at least this long after one round that is not counted. Seconds of one round.
+template <typename Once>
+Result<double> TimeOf(Duration at_least, const Once& once) {
+  KV_RETURN_IF_ERROR(once());
+  const TimePoint started = SteadyClock().Now();
+  int rounds = 0;
+  while (SteadyClock().Now() - started < at_least) {
+    KV_RETURN_IF_ERROR(once());
+    ++rounds;
+  }
+  return Seconds(SteadyClock().Now() - started) / std::max(rounds, 1);
+}
+
+struct NodeBench {
+  const Model* model;
+  kernels::ThreadPool* pool;
+  Duration each;
+};
+
+Result<Json> PrefillRow(const NodeBench& bench, const BlockClass& block_class, Decoder* decoder,
+                        int context, double sgemm_rate) {
+  const ModelConfig& config = bench.model->config();
+  const std::vector<CachedBlockPtr> blocks = RandomPast(block_class, context);
+  BlockPast past(block_class, blocks, nullptr);
+  const std::vector<int32_t> tokens(kBlockTokens, 1);
+  const LayerSink sink = [](int, const float*, const float*) { return OkStatus(); };
+  // The logits are left out, as in the prefill of all blocks but a prompt's last tokens.
+  KV_ASSIGN_OR_RETURN(const double seconds, TimeOf(bench.each, [&] {
+                        return decoder->Prefill({tokens, context, &past}, sink, nullptr);
+                      }));
+  double dense = 0;
+  for (const kernels::GemmShape& shape : LayerShapes(config)) dense += Operations(shape);
+  const double attention = 4.0 * kBlockTokens * (context + kBlockTokens / 2.0) * config.q_width();
+  // The last layer ends with its keys and values.
+  const double operations = (dense + attention) * (config.layers - 1) +
+                            4.0 * kBlockTokens * config.kv_width() * config.hidden;
+  return Json{{"what", "prefill"},
+              {"codec", block_class.codec().name},
+              {"context", context},
+              {"threads", bench.pool->threads()},
+              {"tokens_per_s", kBlockTokens / seconds},
+              {"gflop_per_s", operations / seconds / 1e9},
+              {"sgemm_gflop_per_s", sgemm_rate / 1e9}};
+}
+
+Result<Json> DecodeRowOf(const NodeBench& bench, const BlockClass& block_class, Decoder* decoder,
+                         int context) {
+  const ModelConfig& config = bench.model->config();
+  const std::vector<CachedBlockPtr> blocks = RandomPast(block_class, context);
+  BlockPast past(block_class, blocks, nullptr);
+  OpenTile open(config);
+  std::vector<float> logits(static_cast<size_t>(config.vocab));
+  KV_ASSIGN_OR_RETURN(const double seconds, TimeOf(bench.each, [&] {
+                        open.Clear();
+                        DecodeRow row;
+                        row.position = context;
+                        row.past = &past;
+                        row.open = &open;
+                        decoder->DecodeStep(std::span(&row, 1), logits.data());
+                        return row.status;
+                      }));
+  const double kv_bytes = static_cast<double>(block_class.payload_bytes() * blocks.size());
+  const kernels::Rate read = kernels::MeasureRead(static_cast<size_t>(std::max(kv_bytes, 65536.0)),
+                                                  bench.pool, bench.each / 4);
+  return Json{{"what", "decode"},
+              {"codec", block_class.codec().name},
+              {"context", context},
+              {"threads", bench.pool->threads()},
+              {"tokens_per_s", 1 / seconds},
+              {"kv_gb_per_s", kv_bytes / seconds / 1e9},
+              {"read_gb_per_s", read.per_second / 1e9}};
+}
+
+}  // namespace
+
+Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv) {
+  TransportBenchOptions bench;
+  bench.time_per_row = ToDuration(options.seconds_per_row);
+  std::unique_ptr<MpiSession> session;
+  if (MpiSession::LaunchedByMpi()) {
+    KV_ASSIGN_OR_RETURN(session, MpiSession::Create(argc, argv));
+    bench.mpi = session.get();
+  }
+  KV_ASSIGN_OR_RETURN(const std::vector<TransportBenchRow> rows, RunTransportBench(bench));
+  if (session != nullptr && session->rank() != 0) return 0;
+  Json json = Json::array();
+  std::printf("%-9s %-4s %9s %4s %10s %10s %8s %8s %7s %9s\n", "backend", "op", "bytes", "out",
+              "p50 us", "p99 us", "GB/s", "plain", "ratio", "cpu s/GiB");
+  for (const TransportBenchRow& row : rows) {
+    std::printf("%-9s %-4s %9llu %4u %10.1f %10.1f %8.2f %8.2f %6.0f%% %9.3f\n",
+                row.backend.c_str(), row.op.c_str(),
+                static_cast<unsigned long long>(row.size_bytes), row.outstanding,
+                row.latency_us_p50, row.latency_us_p99, row.gb_per_s, row.plain_gb_per_s,
+                100 * row.gb_per_s / row.plain_gb_per_s, row.cpu_s_per_gib);
+    json.push_back({{"backend", row.backend},
+                    {"op", row.op},
+                    {"size_bytes", row.size_bytes},
+                    {"outstanding", row.outstanding},
+                    {"latency_us_p50", row.latency_us_p50},
+                    {"latency_us_p99", row.latency_us_p99},
+                    {"gb_per_s", row.gb_per_s},
+                    {"cpu_s_per_gib", row.cpu_s_per_gib},
+                    {"plain_gb_per_s", row.plain_gb_per_s},
+                    {"plain_latency_us_p50", row.plain_latency_us_p50}});
+  }
+  KV_RETURN_IF_ERROR(WriteRows(options.json, json));
+  return 0;
+}
+
+Result<int> BenchNode(const BenchOptions& options) {
+  KV_RETURN_IF_ERROR(kernels::LoadBlas());
+  const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+  kernels::ThreadPool pool(options.threads > 0 ? options.threads : cores);
+  KV_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model, Model::Load(options.model));
+  const NodeBench bench{model.get(), &pool, ToDuration(options.seconds_per_row)};
+  const ModelConfig& config = model->config();
+  Decoder decoder(model.get(), &pool);
+  KV_ASSIGN_OR_RETURN(const double sgemm, SgemmRate(config, &pool, bench.each / 8));
+  std::printf("OpenBLAS core type %s, %d threads\n", kernels::BlasCoreType().c_str(),
+              pool.threads());
+  std::printf("%-8s %-6s %8s %10s %9s %9s %9s %9s %7s\n", "what", "codec", "context", "tokens/s",
+              "GFLOP/s", "sgemm", "KV GB/s", "read", "ratio");
+  Json rows = Json::array();
+  for (const char* name : {"raw", "tile8", "tile4"}) {
+    KV_ASSIGN_OR_RETURN(const kernels::Codec* codec, kernels::FindCodec(name));
+    const BlockClass block_class(model.get(), codec, {});
+    for (const int asked : {512, 1024, 4096}) {
+      // The longest context there is, where the model's is shorter.
+      const int longest = (config.max_positions / kBlockTokens - 1) * kBlockTokens;
+      const int context = std::min(asked, longest);
+      KV_ASSIGN_OR_RETURN(Json prefill, PrefillRow(bench, block_class, &decoder, context, sgemm));
+      const double flops = prefill["gflop_per_s"].get<double>();
+      std::printf("%-8s %-6s %8d %10.0f %9.1f %9.1f %9s %9s %6.0f%%\n", "prefill", name, context,
+                  prefill["tokens_per_s"].get<double>(), flops, sgemm / 1e9, "", "",
+                  100 * flops * 1e9 / sgemm);
+      KV_ASSIGN_OR_RETURN(Json decode, DecodeRowOf(bench, block_class, &decoder, context));
+      const double kv = decode["kv_gb_per_s"].get<double>();
+      const double read = decode["read_gb_per_s"].get<double>();
+      std::printf("%-8s %-6s %8d %10.0f %9s %9s %9.2f %9.2f %6.0f%%\n", "decode", name, context,
+                  decode["tokens_per_s"].get<double>(), "", "", kv, read, 100 * kv / read);
+      for (Json* row : {&prefill, &decode}) {
+        (*row)["openblas_core_type"] = kernels::BlasCoreType();
+        rows.push_back(*row);
+      }
+      if (context == longest) break;
+    }
+  }
+  KV_RETURN_IF_ERROR(WriteRows(options.json, rows));
+  return 0;
+}
+
+Result<int> ShowReport(const std::string& file, const std::string& baseline_file) {
+  const auto load = [](const std::string& path) -> Result<Json> {
+    KV_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+    try {
+      return Json::parse(text);
+    } catch (const Json::parse_error& error) {
+      return InvalidArgument("report '{}': not JSON: {}", path, error.what());
+    }
+  };
+  KV_ASSIGN_OR_RETURN(const Json report, load(file));
+  Json baseline;
+  if (!baseline_file.empty()) {
+    KV_ASSIGN_OR_RETURN(baseline, load(baseline_file));
+  }
+  KV_ASSIGN_OR_RETURN(const std::string page,
+                      FormatReport(report, baseline_file.empty() ? nullptr : &baseline));
+  std::fputs(page.c_str(), stdout);
+  return 0;
+}
+
+}  // namespace kvant::node

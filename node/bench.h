@@ -1,0 +1,25 @@
+// `kvant bench` and `kvant report`: what this machine and a model reach, as ratios of one run.
+#pragma once
+
+#include <string>
+
+#include "base/status.h"
+
+namespace kvant::node {
+
+struct BenchOptions {
+  std::string model;  // bench node
+  int threads = 0;    // 0: one a core
+  double seconds_per_row = 0.8;
+  std::string json;  // file; empty: only the table
+};
+
+// Every backend beside a plain loop of its medium. argc, argv: for MPI, when started by mpirun.
+Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv);
+// Prefill beside sgemm of the same shapes, decode beside streaming reads of as many bytes.
+Result<int> BenchNode(const BenchOptions& options);
+
+// Prints the page of a report file; baseline_file: the same requests without cache, may be empty.
+Result<int> ShowReport(const std::string& file, const std::string& baseline_file);
+
+}  // namespace kvant::node

@@ -1,0 +1,172 @@
+#include "node/block_class.h"
+
+#include <algorithm>
+
+#include "node/decoder.h"
+
+namespace kvant::node {
+namespace {
+
+using kernels::SegmentKind;
+
+constexpr std::pair<std::string_view, Wire> kWires[] = {
+    {"full", Wire::kFull}, {"k8v4", Wire::kK8V4}, {"k4v4", Wire::kK4V4}, {"auto", Wire::kAuto}};
+
+// The fewest extents that hold `bits` bits an element, or all there are.
+int CutsForBits(const kernels::Codec& codec, int available, int bits) {
+  int sum = 0;
+  for (int cut = 0; cut < available; ++cut) {
+    sum += codec.bits_per_cut[cut];
+    if (sum >= bits) return cut + 1;
+  }
+  return available;
+}
+
+uint8_t PartOf(SegmentKind kind) {
+  return static_cast<uint8_t>(kind == SegmentKind::kKey ? Part::kKeys : Part::kValues);
+}
+
+}  // namespace
+
+Result<Wire> ParseWire(std::string_view name) {
+  for (const auto& [known, wire] : kWires) {
+    if (known == name) return wire;
+  }
+  return InvalidArgument("unknown wire '{}': use full, k8v4, k4v4 or auto", name);
+}
+
+std::string_view WireName(Wire wire) {
+  for (const auto& [name, known] : kWires) {
+    if (known == wire) return name;
+  }
+  return "unknown";
+}
+
+Result<Domains> Domains::Parse(std::span<const std::string> entries) {
+  Domains domains;
+  for (const std::string& entry : entries) {
+    const size_t equals = entry.find('=');
+    if (equals == std::string::npos || equals == 0 || equals + 1 == entry.size()) {
+      return InvalidArgument("domain '{}': expected DOMAIN=tenant,tenant,...", entry);
+    }
+    const std::string domain = entry.substr(0, equals);
+    std::string_view rest = std::string_view(entry).substr(equals + 1);
+    while (!rest.empty()) {
+      const size_t comma = rest.find(',');
+      const std::string tenant(rest.substr(0, comma));
+      rest.remove_prefix(comma == std::string_view::npos ? rest.size() : comma + 1);
+      for (const auto& [known, known_domain] : domains.domain_of_) {
+        if (known == tenant && known_domain != domain) {
+          return InvalidArgument("tenant '{}' is put into two domains, '{}' and '{}'", tenant,
+                                 known_domain, domain);
+        }
+      }
+      domains.domain_of_.emplace_back(tenant, domain);
+    }
+  }
+  return domains;
+}
+
+std::string Domains::DomainOf(std::string_view tenant) const {
+  // The prefixes keep a tenant's own domain apart from a shared one of the same name.
+  for (const auto& [known, domain] : domain_of_) {
+    if (known == tenant) return "domain/" + domain;
+  }
+  return "tenant/" + std::string(tenant);
+}
+
+BlockClass::BlockClass(const Model* model, const kernels::Codec* codec,
+                       std::span<const std::byte> cluster_secret)
+    : model_(model),
+      codec_(codec),
+      layout_(
+          *codec,
+          kernels::SegmentShape{kBlockTokens, model->config().kv_heads, model->config().head_dim},
+          model->config().layers),
+      cluster_secret_(cluster_secret.begin(), cluster_secret.end()) {}
+
+Cuts BlockClass::CutsOf(Wire wire) const {
+  KV_CHECK(wire != Wire::kAuto);
+  const int key_bits = wire == Wire::kFull ? 32 : wire == Wire::kK8V4 ? 8 : 4;
+  const int value_bits = wire == Wire::kFull ? 32 : 4;
+  return {CutsForBits(*codec_, codec_->key_cuts, key_bits),
+          CutsForBits(*codec_, codec_->value_cuts, value_bits)};
+}
+
+uint64_t BlockClass::Bf16BytesPerToken() const {
+  const ModelConfig& config = model_->config();
+  return uint64_t{2} * 2 * static_cast<uint64_t>(config.layers) *
+         static_cast<uint64_t>(config.kv_width());
+}
+
+std::vector<BlockKey> BlockClass::Keys(std::span<const int32_t> tokens,
+                                       std::string_view domain) const {
+  KeyChainOptions options;
+  options.domain = DeriveDomainSecret(cluster_secret_, domain);
+  options.model = model_->digest();
+  options.layout.block_tokens = kBlockTokens;
+  options.layout.layer_end = static_cast<uint32_t>(layout_.layers());
+  options.layout.head_end = static_cast<uint32_t>(model_->config().kv_heads);
+  options.layout.state_kinds = {static_cast<uint8_t>(SegmentKind::kKey),
+                                static_cast<uint8_t>(SegmentKind::kValue)};
+  // Prefill attends the whole of what the codec stores, so the codec's name says the cut as well.
+  options.numerics_class = std::string(codec_->name) + "/full";
+  const std::vector<uint32_t> ids(tokens.begin(), tokens.end());
+  return KeyChain(options).Keys(ids);
+}
+
+BlockManifest BlockClass::MakeManifest(const BlockKey& key, std::span<const std::byte> payload,
+                                       std::span<const float> max_errors) const {
+  KV_CHECK(payload.size() == payload_bytes() && max_errors.size() == layout_.rows().size());
+  BlockManifest manifest;
+  manifest.key = key;
+  manifest.codec = static_cast<uint32_t>(codec_->id);
+  manifest.token_count = kBlockTokens;
+  for (size_t i = 0; i < layout_.rows().size(); ++i) {
+    const kernels::PayloadRow& row = layout_.rows()[i];
+    manifest.Append(PartOf(row.kind), static_cast<uint8_t>(row.cut),
+                    static_cast<uint16_t>(row.layer), static_cast<uint8_t>(row.kind),
+                    payload.subspan(row.offset, row.length), max_errors[i]);
+  }
+  return manifest;
+}
+
+Status BlockClass::CheckManifest(const BlockKey& key, const BlockManifest& manifest) const {
+  if (manifest.key != key) {
+    return DataLoss("block {}: the manifest is of block {}", key.ShortHex(),
+                    manifest.key.ShortHex());
+  }
+  if (manifest.codec != static_cast<uint32_t>(codec_->id) || manifest.token_count != kBlockTokens ||
+      manifest.rows.size() != layout_.rows().size()) {
+    return DataLoss("block {}: the manifest describes codec {} with {} tokens, not {} with {}",
+                    key.ShortHex(), manifest.codec, manifest.token_count, codec_->name,
+                    kBlockTokens);
+  }
+  for (const kernels::PayloadRow& row : layout_.rows()) {
+    const bool there =
+        std::any_of(manifest.rows.begin(), manifest.rows.end(), [&](const ManifestRow& other) {
+          return other.part == PartOf(row.kind) && other.cut == row.cut &&
+                 other.layer == row.layer && other.length == row.length;
+        });
+    if (!there) {
+      return DataLoss("block {}: layer {} is not laid out as {} says", key.ShortHex(), row.layer,
+                      codec_->name);
+    }
+  }
+  return OkStatus();
+}
+
+Status BlockClass::CheckLayer(int layer, const Cuts& cuts, std::span<const std::byte> bytes) const {
+  KV_CHECK(bytes.size() >= BytesOf(cuts));
+  for (const SegmentKind kind : {SegmentKind::kKey, SegmentKind::kValue}) {
+    const int count = kind == SegmentKind::kKey ? cuts.keys : cuts.values;
+    size_t sizes[kernels::kMaxCuts] = {};
+    for (int cut = 0; cut < count; ++cut) sizes[cut] = layout_.Row(kind, cut, layer).length;
+    KV_RETURN_IF_ERROR(codec_->check(kind, layout_.shape(),
+                                     layout_.Ranges(kind, layer, count, bytes.data()),
+                                     std::span(sizes, static_cast<size_t>(count))));
+  }
+  return OkStatus();
+}
+
+}  // namespace kvant::node

@@ -1,0 +1,85 @@
+// The class of a node's blocks: everything that their bytes are a function of besides their tokens.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/status.h"
+#include "cache_service/block_key.h"
+#include "cache_service/manifest.h"
+#include "kernels/codec.h"
+#include "kernels/payload_layout.h"
+#include "node/model.h"
+
+namespace kvant::node {
+
+// How much of a stored block decode reads: bits of keys and of values. A block's own bits bound it.
+enum class Wire : uint8_t { kFull, kK8V4, kK4V4, kAuto };
+// kInvalidArgument lists the names: full, k8v4, k4v4, auto.
+Result<Wire> ParseWire(std::string_view name);
+std::string_view WireName(Wire wire);
+
+// Extents read of each part, from the base on. All blocks of a class have the same payload order,
+// so the extents that `Cuts` names are a prefix of the payload.
+struct Cuts {
+  int keys = 0;
+  int values = 0;
+  bool Covers(const Cuts& other) const { return keys >= other.keys && values >= other.values; }
+  friend bool operator==(const Cuts&, const Cuts&) = default;
+};
+
+// Which tenants share blocks: a tenant's domain is its own name unless it was put into another.
+class Domains {
+ public:
+  // Each entry "DOMAIN=tenant,tenant,...". kInvalidArgument names the entry.
+  static Result<Domains> Parse(std::span<const std::string> entries);
+  // The domain of a tenant. The empty tenant is a tenant like any other.
+  std::string DomainOf(std::string_view tenant) const;
+
+ private:
+  std::vector<std::pair<std::string, std::string>> domain_of_;  // tenant, domain
+};
+
+// Immutable; thread-safe. Borrows the model.
+class BlockClass {
+ public:
+  BlockClass(const Model* model, const kernels::Codec* codec,
+             std::span<const std::byte> cluster_secret);
+
+  const Model& model() const { return *model_; }
+  const kernels::Codec& codec() const { return *codec_; }
+  // Of a whole block (kBlockTokens tokens, all layers).
+  const kernels::PayloadLayout& layout() const { return layout_; }
+  uint64_t payload_bytes() const { return layout_.total_bytes(); }
+  uint64_t BytesOf(const Cuts& cuts) const { return layout_.BytesOfCuts(cuts.keys, cuts.values); }
+
+  Cuts FullCuts() const { return {codec_->key_cuts, codec_->value_cuts}; }
+  // REQUIRES: wire != kAuto.
+  Cuts CutsOf(Wire wire) const;
+  // Bytes of bf16 keys and values of one token: what is moved where nothing is compressed.
+  uint64_t Bf16BytesPerToken() const;
+
+  // Keys of the whole blocks of `tokens` under `domain`.
+  std::vector<BlockKey> Keys(std::span<const int32_t> tokens, std::string_view domain) const;
+  // The manifest of a whole block's payload. max_errors: [row], as layout().rows().
+  BlockManifest MakeManifest(const BlockKey& key, std::span<const std::byte> payload,
+                             std::span<const float> max_errors) const;
+  // That a manifest from elsewhere describes a whole block of this class under `key`. kDataLoss
+  // says what differs.
+  Status CheckManifest(const BlockKey& key, const BlockManifest& manifest) const;
+  // That the bytes of one layer are well-formed in this codec (Codec::check). bytes: a payload's
+  // first BytesOf(cuts) bytes. kDataLoss otherwise.
+  Status CheckLayer(int layer, const Cuts& cuts, std::span<const std::byte> bytes) const;
+
+ private:
+  const Model* model_;
+  const kernels::Codec* codec_;
+  kernels::PayloadLayout layout_;
+  std::vector<std::byte> cluster_secret_;
+};
+
+}  // namespace kvant::node

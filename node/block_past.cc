@@ -1,0 +1,34 @@
+#include "node/block_past.h"
+
+namespace kvant::node {
+
+Status BlockPast::AwaitLayer(const CachedBlock& block, int layer) const {
+  if (block.ready[static_cast<size_t>(layer)] != 0) return OkStatus();
+  KV_CHECK(arrival_ != nullptr);
+  const TimePoint deadline = arrival_->clock->Now() + arrival_->timeout;
+  while (block.ready[static_cast<size_t>(layer)] == 0) {
+    if (!block.failed.ok()) return block.failed;
+    if (arrival_->clock->Now() >= deadline) {
+      return MakeStatus(StatusCode::kDeadlineExceeded,
+                        "layer {} of block {} did not arrive within {:.1f} s", layer,
+                        block.key.ShortHex(), Seconds(arrival_->timeout));
+    }
+    if (!arrival_->poll()) arrival_->wait(std::chrono::microseconds(200));
+  }
+  return OkStatus();
+}
+
+Status BlockPast::Layer(int block, int layer, kernels::LayerTile* out) {
+  const CachedBlock& cached = *blocks_[static_cast<size_t>(block)];
+  KV_RETURN_IF_ERROR(AwaitLayer(cached, layer));
+  const kernels::PayloadLayout& layout = block_class_.layout();
+  out->codec = &layout.codec();
+  out->shape = layout.shape();
+  out->keys =
+      layout.Ranges(kernels::SegmentKind::kKey, layer, cached.cuts.keys, cached.bytes.data());
+  out->values =
+      layout.Ranges(kernels::SegmentKind::kValue, layer, cached.cuts.values, cached.bytes.data());
+  return OkStatus();
+}
+
+}  // namespace kvant::node

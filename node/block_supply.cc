@@ -1,0 +1,321 @@
+#include "node/block_supply.h"
+
+#include <spdlog/spdlog.h>
+
+#include <algorithm>
+#include <utility>
+
+namespace kvant::node {
+namespace {
+
+using Place = SupplyJob::Place;
+
+}  // namespace
+
+SupplyJobPtr BlockSupply::Start(SupplyNeed need) {
+  auto job = std::make_shared<SupplyJob>();
+  KV_CHECK(need.blocks * kBlockTokens <= need.tokens.size());
+  job->keys =
+      block_class_->Keys(std::span(need.tokens).first(need.blocks * kBlockTokens), need.domain);
+  job->blocks.resize(need.blocks);
+  job->place.assign(need.blocks, Place::kUnknown);
+  job->computed.assign(need.blocks, 0);
+  job->read_cuts = need.wire == Wire::kAuto ? block_class_->CutsOf(Wire::kK4V4)
+                                            : block_class_->CutsOf(need.wire);
+  job->need = std::move(need);
+  return job;
+}
+
+bool BlockSupply::TakeIfHere(SupplyJob* job, size_t block) {
+  CachedBlockPtr here =
+      cache_->Find(job->keys[block], job->CutsOf(block, block_class_->FullCuts()));
+  if (here == nullptr) return false;
+  job->blocks[block] = std::move(here);
+  job->place[block] = Place::kHere;
+  return true;
+}
+
+void BlockSupply::TakeLocal(SupplyJob* job) {
+  job->took_local = true;
+  for (size_t i = 0; i < job->keys.size(); ++i) {
+    if (TakeIfHere(job, i)) ++job->local_hits;
+  }
+  stats_.local_hit_blocks += job->local_hits;
+}
+
+void BlockSupply::LookUp(const SupplyJobPtr& job) {
+  // What the node has needs no asking; runs are placed by their first block, so the chain is cut
+  // where a run begins.
+  size_t first = 0;
+  while (first < job->place.size() && job->place[first] == Place::kHere) ++first;
+  first = first / kRunBlocks * kRunBlocks;
+  job->looking_up = true;
+  tier_->Lookup(std::span(job->keys).subspan(first), [weak = std::weak_ptr(job), first](
+                                                         const std::vector<LookupBlock>& found) {
+    const SupplyJobPtr waiting = weak.lock();
+    if (waiting == nullptr) return;
+    waiting->looking_up = false;
+    waiting->found.assign(waiting->keys.size(), LookupBlock{});
+    std::copy(found.begin(), found.end(), waiting->found.begin() + static_cast<ptrdiff_t>(first));
+  });
+}
+
+void BlockSupply::PlanSources(const SupplyJobPtr& job) {
+  job->planned = true;
+  std::vector<size_t> in_tier;
+  std::vector<size_t> missing;
+  for (size_t i = 0; i < job->keys.size(); ++i) {
+    if (job->place[i] == Place::kHere) continue;
+    const bool there = !job->found.empty() && job->found[i].state == LookupState::kPresent &&
+                       job->found[i].payload_bytes == block_class_->payload_bytes();
+    (there ? in_tier : missing).push_back(i);
+  }
+  if (job->need.wire == Wire::kAuto && !in_tier.empty()) {
+    job->read_cuts = planner_->ChooseCuts(*block_class_, Wire::kAuto, in_tier.size());
+  }
+  job->tier_hits = in_tier.size();
+  stats_.tier_hit_blocks += in_tier.size();
+
+  const bool ask = peer_ != nullptr && !missing.empty();
+  if (!ask && !missing.empty()) job->full_before = missing.back();
+  for (const size_t i : missing) job->place[i] = ask ? Place::kPeer : Place::kCompute;
+  if (ask) AskPeer(job, missing);
+
+  if (in_tier.empty()) return;
+  PlanQuestion question;
+  question.compute_tokens = in_tier.size() * kBlockTokens;
+  for (size_t i = 0; i < job->keys.size(); ++i) {
+    if (job->place[i] == Place::kUnknown) {
+      question.fetch_bytes += block_class_->BytesOf(job->CutsOf(i, block_class_->FullCuts()));
+    } else if (job->place[i] == Place::kHere && i < in_tier.back() &&
+               !job->blocks[i]->cuts.Covers(block_class_->FullCuts())) {
+      question.also_fetch_bytes += block_class_->payload_bytes();
+    }
+  }
+  job->plan = planner_->Decide(question);
+  job->plan_started = clock_->Now();
+  job->plan_open = true;
+  spdlog::info(
+      "plan: {} {} blocks; forecast {:.2f} ms to fetch {} bytes, {:.2f} ms to compute {}"
+      " tokens",
+      job->plan.fetch ? "fetch" : "compute", in_tier.size(), Milliseconds(job->plan.fetch_forecast),
+      question.fetch_bytes, Milliseconds(job->plan.compute_forecast), question.compute_tokens);
+  for (const size_t i : in_tier) {
+    job->place[i] = job->plan.fetch ? Place::kTier : Place::kCompute;
+  }
+  if (!job->plan.fetch) job->full_before = std::max(job->full_before, in_tier.back());
+}
+
+void BlockSupply::AskPeer(const SupplyJobPtr& job, std::span<const size_t> missing) {
+  stats_.asked_blocks += missing.size();
+  peer_->Ask(job->need.tokens, job->keys, job->need.tenant, missing,
+             [weak = std::weak_ptr(job)](size_t block, const Status& status) {
+               const SupplyJobPtr waiting = weak.lock();
+               if (waiting == nullptr || waiting->place[block] != Place::kPeer) return;
+               waiting->place[block] = status.ok() ? Place::kTier : Place::kCompute;
+               if (status.ok()) return;
+               ++waiting->recomputed;
+               spdlog::warn("block {} is computed here: the prefill node said {}",
+                            waiting->keys[block].ShortHex(), status.ToString());
+             });
+}
+
+void BlockSupply::DropFailed(SupplyJob* job) {
+  for (size_t i = 0; i < job->blocks.size(); ++i) {
+    const CachedBlockPtr& block = job->blocks[i];
+    if (block == nullptr || block->failed.ok()) continue;
+    spdlog::warn("block {} (tokens {} to {}) is recomputed: {}", block->key.ShortHex(),
+                 i * kBlockTokens, (i + 1) * kBlockTokens, block->failed.ToString());
+    job->blocks[i] = nullptr;
+    job->place[i] = Place::kCompute;
+    ++job->recomputed;
+  }
+}
+
+void BlockSupply::RaiseCuts(SupplyJob* job) {
+  for (size_t i = job->place.size(); i-- > 0;) {
+    if (job->place[i] == Place::kCompute) {
+      job->full_before = std::max(job->full_before, i);
+      break;
+    }
+  }
+  for (size_t i = 0; i < job->full_before; ++i) {
+    if (job->blocks[i] == nullptr || job->blocks[i]->cuts.Covers(block_class_->FullCuts())) {
+      continue;
+    }
+    job->blocks[i] = nullptr;
+    job->place[i] = tier_ != nullptr ? Place::kTier : Place::kCompute;
+  }
+}
+
+void BlockSupply::StartFetches(const SupplyJobPtr& job) {
+  std::vector<size_t> wanted;
+  for (size_t i = 0; i < job->place.size(); ++i) {
+    if (job->place[i] == Place::kTier && !TakeIfHere(job.get(), i)) wanted.push_back(i);
+  }
+  size_t begin = 0;
+  while (begin < wanted.size()) {
+    const Cuts cuts = job->CutsOf(wanted[begin], block_class_->FullCuts());
+    const size_t most = tier_->MaxFetchBlocks(cuts);
+    std::vector<CachedBlockPtr> blocks;
+    std::vector<uint64_t> runs;
+    size_t end = begin;
+    while (end < wanted.size() && end - begin < most &&
+           job->CutsOf(wanted[end], block_class_->FullCuts()) == cuts) {
+      const size_t i = wanted[end++];
+      blocks.push_back(std::make_shared<CachedBlock>(*block_class_, job->keys[i], cuts));
+      runs.push_back(RunOf(job->keys, i));
+    }
+    const bool started = tier_->Fetch(blocks, runs, [weak = std::weak_ptr(job), this] {
+      const SupplyJobPtr waiting = weak.lock();
+      if (waiting == nullptr) return;
+      --waiting->fetches;
+      if (waiting->fetches == 0 && waiting->plan.fetch) ClosePlan(waiting.get());
+    });
+    if (!started) return;  // no buffer: the next Advance tries again
+    ++job->fetches;
+    for (size_t k = begin; k < end; ++k) {
+      job->blocks[wanted[k]] = blocks[k - begin];
+      job->place[wanted[k]] = Place::kHere;
+      cache_->Insert(blocks[k - begin]);
+    }
+    begin = end;
+  }
+}
+
+void BlockSupply::ClosePlan(SupplyJob* job) {
+  if (!job->plan_open) return;
+  job->plan_open = false;
+  planner_->SawOutcome(job->plan, clock_->Now() - job->plan_started);
+}
+
+BlockSupply::Progress BlockSupply::Advance(const SupplyJobPtr& job) {
+  if (!job->took_local) {
+    TakeLocal(job.get());
+    for (const size_t i : job->need.publish) {
+      if (job->place[i] == Place::kHere) PublishFromMemory(job, i);
+    }
+    const bool all = job->local_hits == job->keys.size();
+    job->planned = all;
+    if (!all && tier_ != nullptr) LookUp(job);
+  }
+  if (job->looking_up) return Progress::kWaiting;
+  if (!job->planned) {
+    PlanSources(job);
+    for (const size_t i : job->need.publish) {
+      // Somebody published it since it was missed.
+      if (job->place[i] == Place::kTier) job->need.published(i, OkStatus());
+    }
+  }
+  DropFailed(job.get());
+  RaiseCuts(job.get());
+  if (tier_ != nullptr) StartFetches(job);
+
+  for (size_t i = 0; i < job->place.size(); ++i) {
+    if (job->place[i] == Place::kCompute) {
+      if (!TakeIfHere(job.get(), i)) return Progress::kCompute;
+      // Computed meanwhile for another sequence; whoever computed it published it.
+      if (std::binary_search(job->need.publish.begin(), job->need.publish.end(), i)) {
+        job->need.published(i, OkStatus());
+      }
+    }
+    if (job->place[i] != Place::kHere) return Progress::kWaiting;
+    // What is to be computed behind it needs it complete.
+    if (i < job->full_before && !job->blocks[i]->complete()) return Progress::kWaiting;
+  }
+  return Progress::kReady;
+}
+
+TierLink::PutId BlockSupply::BeginPut(const SupplyJob& job, size_t block) {
+  return tier_->BeginPut(job.keys[block], block == 0 ? BlockKey{} : job.keys[block - 1],
+                         RunOf(job.keys, block));
+}
+
+void BlockSupply::Seal(const SupplyJobPtr& job, size_t block, TierLink::PutId put,
+                       const BlockManifest& manifest) {
+  const bool asked = std::binary_search(job->need.publish.begin(), job->need.publish.end(), block);
+  TierLink::PutDone done = [](const Status&) {};
+  if (asked) {
+    done = [published = job->need.published, block](const Status& status) {
+      published(block, status);
+    };
+  }
+  if (put == 0) {
+    done(MakeStatus(StatusCode::kResourceExhausted, "no buffer is free to publish block {}",
+                    job->keys[block].ShortHex()));
+    return;
+  }
+  tier_->SealPut(put, manifest, std::move(done));
+}
+
+void BlockSupply::PublishFromMemory(const SupplyJobPtr& job, size_t block) {
+  const CachedBlock& here = *job->blocks[block];
+  if (here.manifest.rows.empty()) {
+    // It was fetched from the tier, so it is there.
+    job->need.published(block, OkStatus());
+    return;
+  }
+  const TierLink::PutId put = BeginPut(*job, block);
+  for (int layer = 0; put != 0 && layer < block_class_->layout().layers(); ++layer) {
+    tier_->PutLayer(put, layer, here.bytes);
+  }
+  Seal(job, block, put, here.manifest);
+}
+
+Status BlockSupply::ComputeNext(const SupplyJobPtr& job) {
+  const size_t index = static_cast<size_t>(
+      std::find(job->place.begin(), job->place.end(), Place::kCompute) - job->place.begin());
+  KV_CHECK(index < job->place.size());
+  const TimePoint started = clock_->Now();
+  auto block =
+      std::make_shared<CachedBlock>(*block_class_, job->keys[index], block_class_->FullCuts());
+  const TierLink::PutId put = tier_ != nullptr ? BeginPut(*job, index) : 0;
+
+  const kernels::PayloadLayout& layout = block_class_->layout();
+  const kernels::Codec& codec = block_class_->codec();
+  std::vector<float> errors(layout.rows().size());
+  const LayerSink sink = [&](int layer, const float* keys, const float* values) {
+    for (const auto kind : {kernels::SegmentKind::kKey, kernels::SegmentKind::kValue}) {
+      float max_error[kernels::kMaxCuts] = {};
+      codec.encode(kind, layout.shape(), kind == kernels::SegmentKind::kKey ? keys : values,
+                   layout.MutableRanges(kind, layer, block->bytes.data()), max_error);
+      for (size_t row = 0; row < errors.size(); ++row) {
+        const kernels::PayloadRow& at = layout.rows()[row];
+        if (at.kind == kind && at.layer == layer) errors[row] = max_error[at.cut];
+      }
+    }
+    block->MarkReady(layer);
+    if (put != 0) {
+      // The shard reads this layer while the next one is computed.
+      tier_->PutLayer(put, layer, block->bytes);
+      tier_->Poll();
+    }
+    return OkStatus();
+  };
+  BlockPast past(*block_class_, std::span(job->blocks).first(index), nullptr);
+  PrefillBlock prefill;
+  prefill.tokens = std::span(job->need.tokens).subspan(index * kBlockTokens, kBlockTokens);
+  prefill.position = static_cast<int>(index) * kBlockTokens;
+  prefill.past = &past;
+  const Status status = decoder_->Prefill(prefill, sink, nullptr);
+  if (!status.ok()) {
+    if (put != 0) tier_->CancelPut(put);
+    return status;
+  }
+  planner_->SawPrefill(kBlockTokens, clock_->Now() - started);
+  block->manifest = block_class_->MakeManifest(block->key, block->bytes, errors);
+  if (tier_ != nullptr) Seal(job, index, put, block->manifest);
+  cache_->Insert(block);
+  job->blocks[index] = std::move(block);
+  job->place[index] = Place::kHere;
+  job->computed[index] = 1;
+  ++job->computed_blocks;
+  ++stats_.computed_blocks;
+  if (!job->plan.fetch &&
+      std::find(job->place.begin(), job->place.end(), Place::kCompute) == job->place.end()) {
+    ClosePlan(job.get());
+  }
+  return OkStatus();
+}
+
+}  // namespace kvant::node

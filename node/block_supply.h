@@ -1,0 +1,144 @@
+// Gets a sequence's whole blocks from wherever they come soonest: the node's own memory, the tier,
+// a prefill node, or computing them here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/status.h"
+#include "node/block_class.h"
+#include "node/block_past.h"
+#include "node/decoder.h"
+#include "node/local_cache.h"
+#include "node/planner.h"
+#include "node/tier_link.h"
+
+namespace kvant::node {
+
+// Somebody who computes blocks and puts them into the tier: the prefill nodes.
+class PrefillPeer {
+ public:
+  virtual ~PrefillPeer() = default;
+  // ok: the block is in the tier. Else it will not be, and why.
+  using BlockDone = std::function<void(size_t block, const Status& status)>;
+  // Asks for the blocks `missing` (ascending) of `tokens`. `done` is called once for each of them,
+  // within a deadline of the peer's own. An empty `done`: nobody waits.
+  virtual void Ask(std::span<const int32_t> tokens, std::span<const BlockKey> keys,
+                   const std::string& tenant, std::span<const size_t> missing, BlockDone done) = 0;
+};
+
+// What a job wants.
+struct SupplyNeed {
+  std::vector<int32_t> tokens;  // its first blocks * kBlockTokens are covered by blocks
+  size_t blocks = 0;
+  std::string tenant;  // said to a prefill peer, which has the same table of domains
+  std::string domain;
+  Wire wire = Wire::kFull;  // what will be read of blocks that are only read
+  // Blocks that must be in the tier in the end, ascending: those found here are published as well.
+  std::vector<size_t> publish;
+  PrefillPeer::BlockDone published;  // once for each block of `publish`
+};
+
+// One sequence's blocks on their way. Made and advanced by BlockSupply, read by its owner.
+struct SupplyJob {
+  enum class Place : uint8_t {
+    kUnknown,
+    kHere,     // blocks[i] is set, complete or arriving
+    kTier,     // to be fetched
+    kPeer,     // a prefill node computes it
+    kCompute,  // to be computed here
+  };
+  SupplyNeed need;
+  std::vector<BlockKey> keys;          // [blocks]
+  std::vector<CachedBlockPtr> blocks;  // [blocks]
+  std::vector<Place> place;            // [blocks]
+  std::vector<uint8_t> computed;       // [blocks] here, by this job
+  Cuts read_cuts;
+  size_t full_before = 0;  // blocks before this one are needed whole, to compute what follows
+  bool took_local = false;
+  bool looking_up = false;
+  bool planned = false;
+  size_t fetches = 0;  // under way
+  Plan plan;
+  TimePoint plan_started{};
+  bool plan_open = false;
+  size_t local_hits = 0;       // blocks
+  size_t tier_hits = 0;        // blocks that the tier had when it was asked
+  size_t recomputed = 0;       // blocks that were to be had elsewhere, but failed
+  size_t computed_blocks = 0;  // here
+  std::vector<LookupBlock> found;
+
+  Cuts CutsOf(size_t block, const Cuts& full) const {
+    return block < full_before ? full : read_cuts;
+  }
+};
+using SupplyJobPtr = std::shared_ptr<SupplyJob>;
+
+struct SupplyStats {
+  uint64_t local_hit_blocks = 0;
+  uint64_t tier_hit_blocks = 0;
+  uint64_t computed_blocks = 0;
+  uint64_t recomputed_blocks = 0;  // of the computed ones: could have been fetched, but failed
+  uint64_t asked_blocks = 0;       // of prefill peers
+};
+
+// Single-owner; borrows everything.
+class BlockSupply {
+ public:
+  // tier, peer: nullptr where there is none.
+  BlockSupply(const BlockClass* block_class, LocalCache* cache, TierLink* tier, PrefillPeer* peer,
+              Planner* planner, Decoder* decoder, const Clock* clock)
+      : block_class_(block_class),
+        cache_(cache),
+        tier_(tier),
+        peer_(peer),
+        planner_(planner),
+        decoder_(decoder),
+        clock_(clock) {}
+
+  SupplyJobPtr Start(SupplyNeed need);
+
+  enum class Progress : uint8_t {
+    kWaiting,  // for the network or a peer
+    kCompute,  // ComputeNext would help
+    kReady,    // every block is here, or arriving
+  };
+  // Does all that needs no computing. Call it again after a failure: what failed is recomputed.
+  Progress Advance(const SupplyJobPtr& job);
+  // Computes one block. REQUIRES: Advance said kCompute just now.
+  Status ComputeNext(const SupplyJobPtr& job);
+
+  const SupplyStats& stats() const { return stats_; }
+
+ private:
+  void TakeLocal(SupplyJob* job);
+  void LookUp(const SupplyJobPtr& job);
+  void PlanSources(const SupplyJobPtr& job);
+  void AskPeer(const SupplyJobPtr& job, std::span<const size_t> missing);
+  void DropFailed(SupplyJob* job);
+  void RaiseCuts(SupplyJob* job);
+  void StartFetches(const SupplyJobPtr& job);
+  bool TakeIfHere(SupplyJob* job, size_t block);
+  void PublishFromMemory(const SupplyJobPtr& job, size_t block);
+  void Seal(const SupplyJobPtr& job, size_t block, TierLink::PutId put,
+            const BlockManifest& manifest);
+  void ClosePlan(SupplyJob* job);
+  TierLink::PutId BeginPut(const SupplyJob& job, size_t block);
+
+  const BlockClass* block_class_;
+  LocalCache* cache_;
+  TierLink* tier_;
+  PrefillPeer* peer_;
+  Planner* planner_;
+  Decoder* decoder_;
+  const Clock* clock_;
+  SupplyStats stats_;
+};
+
+}  // namespace kvant::node

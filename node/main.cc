@@ -1,0 +1,191 @@
+// The program `kvant`: reads the command line and hands over.
+#include <spdlog/sinks/stdout_color_sinks.h>
+#include <spdlog/spdlog.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "node/bench.h"
+#include "node/generate.h"
+#include "node/report.h"
+#include "node/requests.h"
+#include "node/run.h"
+
+namespace kvant::node {
+namespace {
+
+// Prints an error where people look for it. Returns the exit status.
+int Explain(const Status& status) {
+  std::fprintf(stderr, "kvant: %s\n", status.message().c_str());
+  return status.code() == StatusCode::kInvalidArgument ? 2 : 1;
+}
+
+int ExitWith(const Result<int>& result) { return result.ok() ? *result : Explain(result.status()); }
+
+// A size with its unit, as a flag.
+void AddBytes(CLI::App* command, const std::string& flag, uint64_t* bytes,
+              const std::string& help) {
+  command
+      ->add_option_function<std::string>(
+          flag,
+          [bytes](const std::string& text) {
+            const Result<uint64_t> parsed = ParseBytes(text);
+            if (!parsed.ok()) throw CLI::ValidationError(parsed.status().message());
+            *bytes = *parsed;
+          },
+          help)
+      ->type_name("SIZE");
+}
+
+void AddNodeOptions(CLI::App* command, NodeOptions* node) {
+  command->add_option("--model", node->model, "Hugging Face model directory")->required();
+  command->add_option("--codec", node->codec, "What is stored and attended: raw, tile8, tile4")
+      ->capture_default_str();
+  command
+      ->add_option("--wire", node->wire,
+                   "What decode reads of it: full, k8v4, k4v4, or auto (by the link's rate)")
+      ->capture_default_str();
+  command->add_option("--domain", node->domains,
+                      "DOMAIN=tenant,tenant,...: tenants that share blocks (default: each alone)");
+  command->add_option("--secret-file", node->secret_file,
+                      "Cluster secret: without it nobody can name a block");
+  command->add_option("--threads", node->threads,
+                      "Compute threads (default: one a core; one under mpirun)");
+  command->add_option("--max-batch", node->max_batch, "Sequences under way at once")
+      ->check(CLI::Range(1, kMaxDecodeRows))
+      ->capture_default_str();
+  AddBytes(command, "--local-cache", &node->local_cache_bytes,
+           "Blocks kept in the node's own memory (default 256MiB)");
+  AddBytes(command, "--arena", &node->tier_arena_bytes,
+           "Memory for blocks on their way (default 64MiB)");
+  command
+      ->add_option("--tier-timeout", node->tier_timeout_s,
+                   "Seconds until a shard that does not answer is given up")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command
+      ->add_option("--fetch-budget-ms", node->fetch_budget_ms,
+                   "--wire auto: reads the most that is fetched within this time")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+}
+
+int Main(int argc, char** argv) {
+  // Answers go to stdout, everything else does not.
+  spdlog::set_default_logger(spdlog::stderr_color_mt("kvant"));
+  spdlog::set_pattern("%H:%M:%S.%e %^%l%$ %v");
+
+  CLI::App app{
+      "Kvant: LLM inference over one shared, compressed KV cache.\n"
+      "  kvant generate --model models/gqa-5m --prompt 'import os'\n"
+      "  mpirun -np 4 kvant run --roles cache=2,prefill=1,decode=1 --model models/gqa-5m \\\n"
+      "      --requests examples/requests.jsonl --answers out.jsonl --report report.json"};
+  app.require_subcommand(1);
+  std::string log_level = "warn";
+  app.add_option("--log-level", log_level, "trace, debug, info, warn, error, off")
+      ->check(CLI::IsMember({"trace", "debug", "info", "warn", "error", "off"}))
+      ->capture_default_str();
+  app.fallthrough();
+
+  RunOptions run;
+  CLI::App* run_command = app.add_subcommand(
+      "run", "Answer a file of requests (OpenAI batch format), alone or under mpirun");
+  AddNodeOptions(run_command, &run.node);
+  run_command->add_option("--requests", run.requests, "One JSON object a line")->required();
+  run_command->add_option("--answers", run.answers, "File that the answers go to");
+  run_command->add_option("--report", run.report, "File that the report goes to, as JSON");
+  run_command->add_option("--roles", run.roles,
+                          "Ranks of each role, e.g. cache=2,prefill=1,decode=1 (under mpirun)");
+  run_command->add_option("--transport", run.transport, "Between ranks: mpi, tcp or auto")
+      ->capture_default_str();
+  run_command->add_option("--cache", run.cache,
+                          "kvantd shards: tcp://HOST:PORT,tcp://HOST:PORT,...");
+  run_command->add_flag("--no-cache", run.no_cache, "Compute every prompt whole");
+  AddBytes(run_command, "--cache-memory", &run.cache_memory_bytes,
+           "Of each shard that this run hosts (default 512MiB)");
+  run_command->add_option("--reference", run.reference,
+                          "Answers to compare with (same codec, without cache)");
+  run_command->add_option("--raw-reference", run.raw_reference,
+                          "Answers of the raw codec to compare with");
+  run_command->add_option("--teacher", run.teacher,
+                          "Answers whose tokens are fed, to count where the most likely agrees");
+
+  GenerateOptions generate;
+  std::string prompt_file;
+  generate.request.max_tokens = 64;
+  generate.request.temperature = 0;
+  generate.request.custom_id = "prompt";
+  CLI::App* generate_command = app.add_subcommand("generate", "Continue one prompt");
+  AddNodeOptions(generate_command, &generate.node);
+  auto* prompt = generate_command->add_option("--prompt", generate.request.prompt, "Text");
+  generate_command->add_option("--prompt-file", prompt_file, "File with the text")
+      ->excludes(prompt);
+  generate_command->add_option("--max-tokens", generate.request.max_tokens, "Tokens at most")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  generate_command
+      ->add_option("--temperature", generate.request.temperature, "0 takes the most likely token")
+      ->check(CLI::Range(0.0, 2.0))
+      ->capture_default_str();
+  generate_command->add_option("--top-p", generate.request.top_p, "Nucleus sampling")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  generate_command->add_option("--seed", generate.request.seed, "Of the sampling")
+      ->capture_default_str();
+  generate_command->add_option("--stop", generate.request.stop, "Text that ends the answer");
+  generate_command->add_option("--tenant", generate.request.tenant, "Whose blocks these are");
+  generate_command->add_option("--cache", generate.cache,
+                               "kvantd shards: tcp://HOST:PORT,... (default: in this process)");
+  generate_command->add_flag("--no-cache", generate.no_cache, "Compute the prompt whole");
+  AddBytes(generate_command, "--cache-memory", &generate.cache_memory_bytes,
+           "Of the shard in this process (default 512MiB)");
+  generate_command->add_flag("--json", generate.json, "Print one JSON object");
+
+  std::string report_in;
+  std::string baseline_in;
+  CLI::App* report_command = app.add_subcommand("report", "Show the report of a run");
+  report_command->add_option("--json-in", report_in, "Written by kvant run --report")->required();
+  report_command->add_option("--baseline-report", baseline_in,
+                             "Report of the same requests without cache");
+
+  CLI::App* bench_command = app.add_subcommand("bench", "Measure this machine");
+  bench_command->require_subcommand(1);
+  BenchOptions bench;
+  CLI::App* bench_transport = bench_command->add_subcommand(
+      "transport", "Latency and throughput of every backend beside a plain loop");
+  CLI::App* bench_node =
+      bench_command->add_subcommand("node", "Prefill beside sgemm, decode beside plain reads");
+  for (CLI::App* command : {bench_transport, bench_node}) {
+    command->add_option("--json", bench.json, "File that the rows go to");
+    command->add_option("--seconds", bench.seconds_per_row, "Time for each row")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+  }
+  bench_node->add_option("--model", bench.model, "Hugging Face model directory")->required();
+  bench_node->add_option("--threads", bench.threads, "Compute threads (default: one a core)");
+
+  CLI11_PARSE(app, argc, argv);
+  spdlog::set_level(spdlog::level::from_str(log_level));
+
+  if (run_command->parsed()) return ExitWith(RunRequests(run, &argc, &argv));
+  if (generate_command->parsed()) {
+    if (!prompt_file.empty()) {
+      Result<std::string> text = ReadFile(prompt_file);
+      if (!text.ok()) return Explain(text.status());
+      generate.request.prompt = *std::move(text);
+    } else if (prompt->empty()) {
+      return Explain(InvalidArgument("nothing to continue: give --prompt or --prompt-file"));
+    }
+    return ExitWith(Generate(generate));
+  }
+  if (report_command->parsed()) return ExitWith(ShowReport(report_in, baseline_in));
+  if (bench_transport->parsed()) return ExitWith(BenchTransport(bench, &argc, &argv));
+  return ExitWith(BenchNode(bench));
+}
+
+}  // namespace
+}  // namespace kvant::node
+
+int main(int argc, char** argv) { return kvant::node::Main(argc, argv); }

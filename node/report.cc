@@ -1,0 +1,344 @@
+#include "node/report.h"
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "kernels/linear.h"
+
+namespace kvant::node {
+namespace {
+
+using Json = nlohmann::json;
+
+Json CountersJson(const LinkCounters& counters) {
+  return {{"control_bytes_sent", counters.control_bytes_sent},
+          {"control_bytes_received", counters.control_bytes_received},
+          {"payload_bytes_sent", counters.payload_bytes_sent},
+          {"payload_bytes_received", counters.payload_bytes_received},
+          {"messages_sent", counters.messages_sent},
+          {"transfers_submitted", counters.transfers_submitted}};
+}
+
+// The value below which a share of the values lies; 0 of none.
+double Percentile(std::vector<double> values, double share) {
+  if (values.empty()) return 0;
+  std::sort(values.begin(), values.end());
+  const double rank = std::ceil(share * static_cast<double>(values.size())) - 1;
+  return values[static_cast<size_t>(std::clamp(rank, 0.0, static_cast<double>(values.size() - 1)))];
+}
+
+uint64_t Sum(std::span<const Json> ranks, const char* group, const char* field) {
+  uint64_t sum = 0;
+  for (const Json& rank : ranks) {
+    if (rank.contains(group)) sum += rank[group].value(field, uint64_t{0});
+  }
+  return sum;
+}
+
+// Bytes of one kind of link: what ranks of `role` sent to the shards, or received from them.
+Json TierLink(std::span<const Json> ranks, Role role, bool to_cache) {
+  uint64_t payload = 0;
+  uint64_t control = 0;
+  for (const Json& rank : ranks) {
+    if (rank.at("role") != RoleName(role)) continue;
+    const Json& tier = rank.at("tier_link");
+    payload += tier.at(to_cache ? "payload_bytes_sent" : "payload_bytes_received").get<uint64_t>();
+    control += tier.at(to_cache ? "control_bytes_sent" : "control_bytes_received").get<uint64_t>();
+  }
+  return {{"payload_bytes", payload}, {"control_bytes", control}};
+}
+
+Json Links(std::span<const Json> ranks) {
+  const Json nodes = {{"payload_bytes", Sum(ranks, "node_link", "payload_bytes_sent")},
+                      {"control_bytes", Sum(ranks, "node_link", "control_bytes_sent")}};
+  return {{"prefill_to_cache", TierLink(ranks, Role::kPrefill, true)},
+          {"cache_to_prefill", TierLink(ranks, Role::kPrefill, false)},
+          {"decode_to_cache", TierLink(ranks, Role::kDecode, true)},
+          {"cache_to_decode", TierLink(ranks, Role::kDecode, false)},
+          {"node_to_node", nodes}};
+}
+
+struct Agreement {
+  int identical = 0;
+  int compared = 0;
+};
+
+Agreement CountIdentical(std::span<const Answer> answers, const std::vector<Answer>& reference) {
+  std::map<std::string_view, const Answer*> by_id;
+  for (const Answer& answer : reference) by_id[answer.custom_id] = &answer;
+  Agreement agreement;
+  for (const Answer& answer : answers) {
+    const auto found = by_id.find(answer.custom_id);
+    if (found == by_id.end()) continue;
+    ++agreement.compared;
+    const Answer& other = *found->second;
+    if (answer.error.ok() == other.error.ok() && answer.tokens == other.tokens &&
+        answer.text == other.text && answer.finish == other.finish) {
+      ++agreement.identical;
+    }
+  }
+  return agreement;
+}
+
+double Ratio(double numerator, double denominator) {
+  return denominator == 0 ? 0 : numerator / denominator;
+}
+
+}  // namespace
+
+std::string FormatBytes(double bytes) {
+  static constexpr const char* kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+  size_t unit = 0;
+  while (bytes >= 1024 && unit + 1 < std::size(kUnits)) {
+    bytes /= 1024;
+    ++unit;
+  }
+  return unit == 0 ? fmt::format("{:.0f} B", bytes) : fmt::format("{:.2f} {}", bytes, kUnits[unit]);
+}
+
+Json NodeRankReport(int rank, Role role, const std::string& host, NodeRuntime& node,
+                    const SchedulerStats& scheduler, const LinkCounters& tier,
+                    const LinkCounters& nodes) {
+  const SupplyStats& supply = node.supply().stats();
+  const PlannerStats& plans = node.planner().stats();
+  const MeasuredRates& rates = node.planner().rates();
+  const TierStats link = node.tier() != nullptr ? node.tier()->stats() : TierStats{};
+  return {{"rank", rank},
+          {"role", RoleName(role)},
+          {"host", host},
+          {"tier_link", CountersJson(tier)},
+          {"node_link", CountersJson(nodes)},
+          {"threads", node.threads()},
+          {"openblas_core_type", kernels::BlasCoreType()},
+          {"scheduler",
+           {{"prompt_tokens", scheduler.prompt_tokens},
+            {"hit_tokens", scheduler.cached_tokens},
+            {"local_hit_tokens", scheduler.local_hit_tokens},
+            {"tier_hit_tokens", scheduler.tier_hit_tokens},
+            {"generated_tokens", scheduler.generated_tokens},
+            {"recomputed_tokens", scheduler.recomputed_tokens},
+            {"tail_tokens", scheduler.tail_tokens},
+            {"teacher_tokens", scheduler.teacher_tokens},
+            {"teacher_agreed", scheduler.teacher_agreed}}},
+          {"supply",
+           {{"computed_blocks", supply.computed_blocks},
+            {"local_hit_blocks", supply.local_hit_blocks},
+            {"tier_hit_blocks", supply.tier_hit_blocks},
+            {"asked_blocks", supply.asked_blocks}}},
+          {"tier",
+           {{"fetched_blocks", link.fetched_blocks},
+            {"fetched_bytes", link.fetched_bytes},
+            {"failed_blocks", link.failed_blocks},
+            {"data_loss", link.data_loss},
+            {"put_blocks", link.put_blocks},
+            {"put_already_there", link.put_already_there},
+            {"put_failed", link.put_failed}}},
+          {"planner",
+           {{"fetch_plans", plans.fetch_plans},
+            {"compute_plans", plans.compute_plans},
+            {"outcomes", plans.outcomes},
+            {"mean_forecast_error", plans.mean_forecast_error()},
+            {"link_bytes_per_s", rates.link_bytes_per_s},
+            {"round_trip_s", rates.round_trip_s},
+            {"prefill_tokens_per_s", rates.prefill_tokens_per_s}}},
+          {"local_cache",
+           {{"bytes", node.cache().bytes()},
+            {"limit_bytes", node.cache().limit_bytes()},
+            {"evicted", node.cache().evicted()}}}};
+}
+
+Json CacheRankReport(int rank, const std::string& host, const ServerStats& stats,
+                     const LinkCounters& tier, const LinkCounters& nodes) {
+  return {{"rank", rank},
+          {"role", RoleName(Role::kCache)},
+          {"host", host},
+          {"tier_link", CountersJson(tier)},
+          {"node_link", CountersJson(nodes)},
+          {"shard", Json::parse(stats.ToJson())},
+          {"store",
+           {{"blocks", stats.store.blocks},
+            {"payload_bytes", stats.store.payload_bytes},
+            {"sealed", stats.store.sealed},
+            {"evicted", stats.store.evicted},
+            {"data_loss", stats.data_loss}}}};
+}
+
+Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Comparison& comparison) {
+  std::vector<double> ttft;
+  std::vector<double> tpot;
+  int failed = 0;
+  for (const Answer& answer : comparison.answers) {
+    if (!answer.error.ok()) {
+      ++failed;
+      continue;
+    }
+    ttft.push_back(Milliseconds(answer.ttft));
+    if (answer.tokens.size() > 1) tpot.push_back(Milliseconds(answer.tpot));
+  }
+  const Json links = Links(ranks);
+  uint64_t payload = 0;
+  uint64_t control = 0;
+  for (const auto& [name, link] : links.items()) {
+    payload += link.at("payload_bytes").get<uint64_t>();
+    control += link.at("control_bytes").get<uint64_t>();
+  }
+  const uint64_t prompt_tokens = Sum(ranks, "scheduler", "prompt_tokens");
+  const uint64_t generated = Sum(ranks, "scheduler", "generated_tokens");
+  const uint64_t baseline = prompt_tokens * setup.bf16_bytes_per_token;
+  const uint64_t sealed = Sum(ranks, "store", "sealed");
+  std::string core_type;
+  double forecast_error = 0;
+  uint64_t outcomes = 0;
+  for (const Json& rank : ranks) {
+    if (!rank.contains("planner")) continue;
+    core_type = rank.at("openblas_core_type").get<std::string>();
+    const uint64_t count = rank["planner"].at("outcomes").get<uint64_t>();
+    forecast_error +=
+        rank["planner"].at("mean_forecast_error").get<double>() * static_cast<double>(count);
+    outcomes += count;
+  }
+  Json report = {
+      {"model", setup.model},
+      {"codec", setup.codec},
+      {"wire", setup.wire},
+      {"transport", setup.transport},
+      {"roles", setup.roles},
+      {"ranks", ranks.size()},
+      {"requests", comparison.answers.size()},
+      {"failed_requests", failed},
+      {"prompt_tokens", prompt_tokens},
+      {"hit_tokens", Sum(ranks, "scheduler", "hit_tokens")},
+      {"local_hit_tokens", Sum(ranks, "scheduler", "local_hit_tokens")},
+      {"tier_hit_tokens", Sum(ranks, "scheduler", "tier_hit_tokens")},
+      {"generated_tokens", generated},
+      {"prefill_tokens_computed", Sum(ranks, "supply", "computed_blocks") * kBlockTokens +
+                                      Sum(ranks, "scheduler", "tail_tokens")},
+      {"recomputed_tokens", Sum(ranks, "scheduler", "recomputed_tokens")},
+      {"ttft_ms_p50", Percentile(ttft, 0.5)},
+      {"ttft_ms_p99", Percentile(ttft, 0.99)},
+      {"tpot_ms_p50", Percentile(tpot, 0.5)},
+      {"tpot_ms_p99", Percentile(tpot, 0.99)},
+      {"links", links},
+      {"payload_bytes", payload},
+      {"control_bytes", control},
+      {"bytes_per_generated_token",
+       Ratio(static_cast<double>(payload + control), static_cast<double>(generated))},
+      {"baseline_bytes", baseline},
+      {"traffic_ratio",
+       Ratio(static_cast<double>(baseline), static_cast<double>(payload + control))},
+      {"stored_bytes", Sum(ranks, "store", "payload_bytes")},
+      {"stored_blocks", Sum(ranks, "store", "blocks")},
+      {"dedup_ratio",
+       Ratio(static_cast<double>(prompt_tokens) / kBlockTokens, static_cast<double>(sealed))},
+      {"data_loss", Sum(ranks, "tier", "data_loss") + Sum(ranks, "store", "data_loss")},
+      {"planner",
+       {{"fetch_plans", Sum(ranks, "planner", "fetch_plans")},
+        {"compute_plans", Sum(ranks, "planner", "compute_plans")},
+        {"mean_forecast_error", Ratio(forecast_error, static_cast<double>(outcomes))}}},
+      {"openblas_core_type", core_type},
+      {"wall_s", setup.wall_s},
+      {"rank_reports", ranks}};
+  if (comparison.reference.has_value()) {
+    const Agreement agreement = CountIdentical(comparison.answers, *comparison.reference);
+    report["identical_to_reference"] = agreement.identical;
+    report["compared"] = agreement.compared;
+  }
+  if (comparison.raw_reference.has_value()) {
+    const Agreement agreement = CountIdentical(comparison.answers, *comparison.raw_reference);
+    report["identical_to_raw"] = agreement.identical;
+    report["compared_to_raw"] = agreement.compared;
+  }
+  const uint64_t teacher = Sum(ranks, "scheduler", "teacher_tokens");
+  if (teacher > 0) {
+    report["teacher_forced_tokens"] = teacher;
+    report["teacher_forced_agreement"] =
+        Ratio(static_cast<double>(Sum(ranks, "scheduler", "teacher_agreed")),
+              static_cast<double>(teacher));
+  }
+  return report;
+}
+
+Result<std::string> FormatReport(const Json& report, const Json* without_cache) {
+  std::string page;
+  const auto line = [&page](std::string_view label, const std::string& text) {
+    page += fmt::format("  {:<24}{}\n", label, text);
+  };
+  try {
+    const auto number = [&report](const char* field) { return report.at(field).get<double>(); };
+    const double prompt = number("prompt_tokens");
+    const auto share = [prompt](double tokens) { return 100.0 * Ratio(tokens, prompt); };
+    page += fmt::format("{} on {} rank{} ({}), {} over {}, decode reads {}\n\n",
+                        report.at("model").get<std::string>(), report.at("ranks").get<int>(),
+                        report.at("ranks") == 1 ? "" : "s", report.at("roles").get<std::string>(),
+                        report.at("codec").get<std::string>(),
+                        report.at("transport").get<std::string>(),
+                        report.at("wire").get<std::string>());
+    line("requests",
+         fmt::format("{:.0f}, {:.0f} failed", number("requests"), number("failed_requests")));
+    line("prompt tokens", fmt::format("{:.0f}", prompt));
+    line("  found in the node", fmt::format("{:.0f} ({:.1f} %)", number("local_hit_tokens"),
+                                            share(number("local_hit_tokens"))));
+    line("  found in the tier", fmt::format("{:.0f} ({:.1f} %)", number("tier_hit_tokens"),
+                                            share(number("tier_hit_tokens"))));
+    line("  computed", fmt::format("{:.0f}", number("prefill_tokens_computed")));
+    line("generated tokens",
+         fmt::format("{:.0f} in {:.1f} s", number("generated_tokens"), number("wall_s")));
+    line("time to first token",
+         fmt::format("{:.1f} ms p50, {:.1f} ms p99", number("ttft_ms_p50"), number("ttft_ms_p99")));
+    line("time per token",
+         fmt::format("{:.2f} ms p50, {:.2f} ms p99", number("tpot_ms_p50"), number("tpot_ms_p99")));
+    const double moved = number("payload_bytes") + number("control_bytes");
+    if (moved > 0) {
+      page += "\n  bytes on the wire           payload      control\n";
+      for (const auto& [name, link] : report.at("links").items()) {
+        std::string label = name;
+        std::replace(label.begin(), label.end(), '_', ' ');
+        page += fmt::format("    {:<18} {:>12} {:>12}\n", label,
+                            FormatBytes(link.at("payload_bytes").get<double>()),
+                            FormatBytes(link.at("control_bytes").get<double>()));
+      }
+      line("in all", fmt::format("{}, {} per generated token", FormatBytes(moved),
+                                 FormatBytes(number("bytes_per_generated_token"))));
+      line("bf16 without sharing", FormatBytes(number("baseline_bytes")));
+      line("ratio", fmt::format("{:.1f} times fewer bytes", number("traffic_ratio")));
+      line("stored", fmt::format("{} in {:.0f} blocks, each used {:.1f} times",
+                                 FormatBytes(number("stored_bytes")), number("stored_blocks"),
+                                 number("dedup_ratio")));
+    }
+    if (without_cache != nullptr) {
+      const double computed = number("prefill_tokens_computed");
+      const double alone = without_cache->at("prefill_tokens_computed").get<double>();
+      page += "\n";
+      line("without cache", fmt::format("{:.0f} tokens computed in prefill, {:.1f} times as many",
+                                        alone, Ratio(alone, computed)));
+      line(
+          "  time to first token",
+          fmt::format(
+              "{:.1f} ms p50, {:.1f} times as long", without_cache->at("ttft_ms_p50").get<double>(),
+              Ratio(without_cache->at("ttft_ms_p50").get<double>(), number("ttft_ms_p50"))));
+    }
+    page += "\n";
+    if (report.contains("compared")) {
+      line("same as one process",
+           fmt::format("{:.0f} of {:.0f} answers, same codec, no cache",
+                       number("identical_to_reference"), number("compared")));
+    }
+    if (report.contains("compared_to_raw")) {
+      line("same as raw KV", fmt::format("{:.0f} of {:.0f} answers", number("identical_to_raw"),
+                                         number("compared_to_raw")));
+    }
+    if (report.contains("teacher_forced_agreement")) {
+      line("teacher-forced",
+           fmt::format("{:.2f} % of {:.0f} tokens agree", 100 * number("teacher_forced_agreement"),
+                       number("teacher_forced_tokens")));
+    }
+    line("bad ranges refused", fmt::format("{:.0f}", number("data_loss")));
+    line("OpenBLAS core type", report.at("openblas_core_type").get<std::string>());
+  } catch (const Json::exception& error) {
+    return InvalidArgument("not a report written by kvant: {}", error.what());
+  }
+  return page;
+}
+
+}  // namespace kvant::node

@@ -1,0 +1,104 @@
+#include "node/runtime.h"
+
+#include <spdlog/spdlog.h>
+
+#include <thread>
+#include <utility>
+
+#include "base/bytes.h"
+#include "node/requests.h"
+
+namespace kvant::node {
+Result<std::unique_ptr<EmbeddedShard>> EmbeddedShard::Create(uint64_t memory_bytes) {
+  std::unique_ptr<EmbeddedShard> shard(new EmbeddedShard);
+  shard->server_side_ = shard->hub_.MakeTransport();
+  shard->node_side_ = shard->hub_.MakeTransport();
+  KV_ASSIGN_OR_RETURN(const std::string address, shard->server_side_->Listen("loopback:shard"));
+  ShardHostOptions host;
+  host.memory_bytes = memory_bytes;
+  KV_ASSIGN_OR_RETURN(shard->host_, ShardHost::Create(shard->server_side_.get(), host));
+  KV_ASSIGN_OR_RETURN(shard->map_, ShardMap::Make(kStaticEpoch, {Shard{address}}));
+  return shard;
+}
+
+Result<std::unique_ptr<NodeRuntime>> NodeRuntime::Create(const NodeOptions& options) {
+  std::unique_ptr<NodeRuntime> node(new NodeRuntime);
+  node->options_ = options;
+  KV_ASSIGN_OR_RETURN(const kernels::Codec* codec, kernels::FindCodec(options.codec));
+  KV_ASSIGN_OR_RETURN(node->wire_, ParseWire(options.wire));
+  KV_ASSIGN_OR_RETURN(node->domains_, Domains::Parse(options.domains));
+  std::string secret;
+  if (!options.secret_file.empty()) {
+    KV_ASSIGN_OR_RETURN(secret, ReadFile(options.secret_file));
+    if (secret.size() < 16) {
+      return InvalidArgument("secret file '{}': holds {} bytes, at least 16 are needed",
+                             options.secret_file, secret.size());
+    }
+  }
+  KV_RETURN_IF_ERROR(kernels::LoadBlas());
+  const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+  node->pool_ =
+      std::make_unique<kernels::ThreadPool>(options.threads > 0 ? options.threads : cores);
+  KV_ASSIGN_OR_RETURN(node->model_, Model::Load(options.model));
+  node->block_class_ = std::make_unique<BlockClass>(node->model_.get(), codec, AsBytes(secret));
+  node->cache_ = std::make_unique<LocalCache>(node->block_class_.get(), options.local_cache_bytes);
+  node->planner_ = std::make_unique<Planner>(std::chrono::duration_cast<Duration>(
+      std::chrono::duration<double, std::milli>(options.fetch_budget_ms)));
+  node->decoder_ = std::make_unique<Decoder>(node->model_.get(), node->pool_.get());
+  return node;
+}
+
+NodeRuntime::~NodeRuntime() = default;
+
+Status NodeRuntime::ConnectTier(Transport* transport, ShardMap map, Duration wait,
+                                std::function<void()> beside) {
+  TierLinkOptions link;
+  link.arena_bytes = options_.tier_arena_bytes;
+  link.timeout =
+      std::chrono::duration_cast<Duration>(std::chrono::duration<double>(options_.tier_timeout_s));
+  KV_ASSIGN_OR_RETURN(tier_, TierLink::Create(transport, std::move(map), block_class_.get(),
+                                              &clock(), planner_.get(), link));
+  tier_->SetBeside(std::move(beside));
+  const TimePoint deadline = clock().Now() + wait;
+  const auto all_reachable = [&] {
+    for (size_t shard = 0; shard < tier_->map().size(); ++shard) {
+      if (!tier_->Reachable(shard)) return false;
+    }
+    return true;
+  };
+  while (!all_reachable() && clock().Now() < deadline) {
+    if (!tier_->Poll()) tier_->Wait(std::chrono::milliseconds(1));
+  }
+  for (size_t shard = 0; shard < tier_->map().size(); ++shard) {
+    if (tier_->Reachable(shard)) continue;
+    spdlog::warn(
+        "shard {} cannot be reached; what it holds is recomputed. Is kvantd running there?",
+        tier_->map().shards()[shard].address);
+  }
+  return OkStatus();
+}
+
+void NodeRuntime::Start(PrefillPeer* peer) {
+  supply_ = std::make_unique<BlockSupply>(block_class_.get(), cache_.get(), tier_.get(), peer,
+                                          planner_.get(), decoder_.get(), &clock());
+}
+
+void NodeRuntime::Drain() {
+  if (tier_ == nullptr) return;
+  const TimePoint deadline =
+      clock().Now() +
+      std::chrono::duration_cast<Duration>(std::chrono::duration<double>(options_.tier_timeout_s));
+  while (!tier_->idle() && clock().Now() < deadline) {
+    if (!tier_->Poll()) tier_->Wait(std::chrono::milliseconds(1));
+  }
+}
+
+SchedulerOptions NodeRuntime::MakeSchedulerOptions() const {
+  SchedulerOptions options;
+  options.model_directory = options_.model;
+  options.max_batch = options_.max_batch;
+  options.wire = wire_;
+  return options;
+}
+
+}  // namespace kvant::node

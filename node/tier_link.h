@@ -1,0 +1,102 @@
+// A node's link to the cache tier: looks chains up, fetches blocks into the node's own memory layer
+// by layer, publishes blocks as they are computed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "base/clock.h"
+#include "base/status.h"
+#include "cache_service/pump.h"
+#include "node/block_class.h"
+#include "node/local_cache.h"
+#include "node/planner.h"
+
+namespace kvant::node {
+
+struct TierStats {
+  uint64_t fetched_blocks = 0;
+  uint64_t fetched_bytes = 0;  // payload, verified
+  uint64_t failed_blocks = 0;  // unreachable, gone meanwhile, too late
+  uint64_t data_loss = 0;      // bytes that did not match their checksum
+  uint64_t put_blocks = 0;
+  uint64_t put_already_there = 0;
+  uint64_t put_failed = 0;
+};
+
+struct TierLinkOptions {
+  std::string name = "node";                   // said to the shards, for their logs
+  Duration timeout = std::chrono::seconds(5);  // of one lookup, fetch or put
+  uint64_t arena_bytes = uint64_t{64} << 20;   // for blocks on their way; two blocks at least
+};
+
+// Single-owner. Callbacks run inside Poll and must not call back into the link's Poll.
+class TierLink {
+ public:
+  using LookupDone = std::function<void(const std::vector<LookupBlock>& blocks)>;
+  using FetchDone = std::function<void()>;  // every block is complete or failed
+  using PutDone = std::function<void(const Status& status)>;
+  using PutId = OpId;
+
+  // Starts to connect to all shards of `map`; does not wait. Borrows the pointers.
+  static Result<std::unique_ptr<TierLink>> Create(Transport* transport, ShardMap map,
+                                                  const BlockClass* block_class, const Clock* clock,
+                                                  Planner* planner, const TierLinkOptions& options);
+  ~TierLink();
+
+  // Called in every Poll, for whatever must make progress together with this link (a shard in the
+  // same process). Optional.
+  void SetBeside(std::function<void()> beside) { beside_ = std::move(beside); }
+  // One round of progress. True if anything happened.
+  bool Poll();
+  // Sleeps until something may have happened.
+  void Wait(Duration at_most) { transport_->Wait(at_most); }
+
+  // REQUIRES: chain starts at a chain's block whose index is a multiple of kRunBlocks.
+  void Lookup(std::span<const BlockKey> chain, LookupDone done);
+  // Fills `blocks` (new ones, each with the cuts it wants); runs[i] is the run of blocks[i].
+  // False: no buffer free now, try again after a Poll.
+  bool Fetch(std::vector<CachedBlockPtr> blocks, std::span<const uint64_t> runs, FetchDone done);
+  // Most blocks of these cuts that one Fetch takes.
+  size_t MaxFetchBlocks(const Cuts& cuts) const;
+
+  // Starts to publish a block. 0: no buffer free now.
+  PutId BeginPut(const BlockKey& key, const BlockKey& parent, uint64_t run);
+  // The rows of this layer stand in `payload` (a whole block's).
+  void PutLayer(PutId put, int layer, std::span<const std::byte> payload);
+  // REQUIRES: PutLayer was called for every layer; `put` was neither sealed nor cancelled before.
+  void SealPut(PutId put, const BlockManifest& manifest, PutDone done);
+  void CancelPut(PutId put);
+
+  // No operation is under way.
+  bool idle() const { return operations_.empty(); }
+  bool Reachable(size_t shard) const { return connection_->client().Reachable(shard); }
+  const ShardMap& map() const { return connection_->map(); }
+  const TierStats& stats() const { return stats_; }
+
+ private:
+  TierLink();
+  struct Operation;
+  void OnEvent(const ClientEvent& event);
+  void OnLayer(Operation* operation, const ClientEvent& event);
+  void FailBlock(const CachedBlockPtr& block, const Status& status);
+
+  std::unique_ptr<CacheConnection> connection_;
+  Transport* transport_ = nullptr;
+  const BlockClass* block_class_ = nullptr;
+  const Clock* clock_ = nullptr;
+  Planner* planner_ = nullptr;
+  uint64_t arena_bytes_ = 0;
+  Duration timeout_{};
+  TierStats stats_;
+  std::function<void()> beside_;
+  std::unordered_map<OpId, std::unique_ptr<Operation>> operations_;
+  std::vector<ClientEvent> events_;
+};
+
+}  // namespace kvant::node

@@ -1,0 +1,40 @@
+// A node and the cache it was told to use: kvantd shards, one in this process, or none.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "base/status.h"
+#include "node/runtime.h"
+#include "transport/transport.h"
+
+namespace kvant::node {
+
+// Single-owner.
+class TierSession {
+ public:
+  // cache: addresses of kvantd, comma separated; empty: a shard of memory_bytes in this process, or
+  // nothing at all if no_cache.
+  static Result<std::unique_ptr<TierSession>> Open(const NodeOptions& options,
+                                                   const std::string& cache, bool no_cache,
+                                                   uint64_t memory_bytes);
+
+  NodeRuntime& node() { return *node_; }
+  // "tcp", "loopback", "none".
+  const std::string& transport_name() const { return transport_name_; }
+  // Bytes between the node and its shards.
+  LinkCounters counters() const;
+  // nullptr unless the shard is in this process.
+  const ShardHost* embedded() const { return embedded_ ? &embedded_->host() : nullptr; }
+
+ private:
+  TierSession() = default;
+  std::string transport_name_ = "none";
+  // Declared first: they outlive the node, which borrows them.
+  std::unique_ptr<EmbeddedShard> embedded_;
+  std::unique_ptr<Transport> remote_;
+  std::unique_ptr<NodeRuntime> node_;
+};
+
+}  // namespace kvant::node
