@@ -1,6 +1,7 @@
 # Tests of transport/.
 kvant_test(transport_conformance_test SOURCES transport_suite.cc transport_peer.cc
   LIBS kvant_transport LABELS conformance TIMEOUT 120)
+kvant_test(transport_bench_test LIBS kvant_transport LABELS bench TIMEOUT 60)
 
 # Debian's librapidcheck-dev has no CMake package.
 find_path(RAPIDCHECK_INCLUDE rapidcheck.h REQUIRED)

@@ -36,6 +36,9 @@ class MpiSession {
   // "mpi:" or the own address.
   Result<std::unique_ptr<Transport>> MakeTransport();
 
+  // For this folder: the communicator behind it.
+  const MpiState* state() const { return state_.get(); }
+
  private:
   explicit MpiSession(std::unique_ptr<MpiState> state);
   std::unique_ptr<MpiState> state_;
