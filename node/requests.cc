@@ -280,6 +280,12 @@ Result<std::vector<Answer>> ParseAnswers(std::string_view text, std::string_view
         answer.finish =
             choice.at("finish_reason") == "length" ? FinishReason::kLength : FinishReason::kStop;
         answer.tokens = body.at("kvant").at("token_ids").get<std::vector<int32_t>>();
+        const auto milliseconds = [&](const char* field) {
+          return std::chrono::duration_cast<Duration>(
+              std::chrono::duration<double, std::milli>(body["kvant"].at(field).get<double>()));
+        };
+        answer.ttft = milliseconds("ttft_ms");
+        answer.tpot = milliseconds("tpot_ms");
         answer.prompt_tokens = body.at("usage").at("prompt_tokens").get<int>();
         answer.cached_tokens =
             body["usage"].at("prompt_tokens_details").at("cached_tokens").get<int>();

@@ -52,7 +52,7 @@ struct Answer {
 
 // One line of an answers file, without the newline. `model` is the name shown.
 std::string FormatAnswer(const Answer& answer, std::string_view model, int64_t created_unix_s);
-// Reads an answers file written by FormatAnswer back (durations excepted). Errors as ParseRequests.
+// Reads an answers file written by FormatAnswer back. Errors as ParseRequests.
 Result<std::vector<Answer>> ParseAnswers(std::string_view text, std::string_view file_name);
 
 // Whole files. kInvalidArgument: cannot be read, or written (names the path and the reason).

@@ -12,6 +12,9 @@ namespace {
 // One fetch covers at most so many blocks, so that the first layers of a long prefix are not held
 // up by the lookups of its end.
 constexpr size_t kFetchBlocks = 16;
+// A shard is told of a put's bytes when so many have been computed, or all: a message for each row
+// would cost more than its rows gain by travelling early.
+constexpr uint64_t kPutChunkBytes = uint64_t{128} << 10;
 // And at most this share of the arena, so that several fetches and puts go on at once.
 constexpr uint64_t kArenaShare = 4;
 
@@ -47,7 +50,8 @@ struct TierLink::Operation {
   PutDone put_done;
   std::optional<Status> outcome;  // of a put that ended before it was sealed
   std::vector<Item> items;
-  uint64_t arrived_bytes = 0;
+  uint64_t arrived_bytes = 0;  // of a fetch; of a put, computed and not yet announced
+  int next_layer = 0;          // of a put: the first that was not announced
 };
 
 Result<std::unique_ptr<TierLink>> TierLink::Create(Transport* transport, ShardMap map,
@@ -156,11 +160,23 @@ void TierLink::PutLayer(PutId put, int layer, std::span<const std::byte> payload
   const auto found = operations_.find(put);
   if (found == operations_.end() || found->second->outcome.has_value()) return;
   const std::span<std::byte> buffer = found->second->buffer->bytes();
-  for (const kernels::PayloadRow& row : block_class_->layout().rows()) {
+  Operation& operation = *found->second;
+  const kernels::PayloadLayout& layout = block_class_->layout();
+  for (const kernels::PayloadRow& row : layout.rows()) {
     if (row.layer != layer) continue;
     std::memcpy(buffer.data() + row.offset, payload.data() + row.offset, row.length);
-    connection_->client().PutReady(put, row.offset, row.length, clock_->Now());
+    operation.arrived_bytes += row.length;
   }
+  const bool last = layer + 1 == layout.layers();
+  if (operation.arrived_bytes < kPutChunkBytes && !last) return;
+  // Layers of one extent stand one behind the other.
+  for (const kernels::PayloadRow& row : layout.rows()) {
+    if (row.layer != layer) continue;
+    const uint64_t begin = layout.Row(row.kind, row.cut, operation.next_layer).offset;
+    connection_->client().PutReady(put, begin, row.offset + row.length - begin, clock_->Now());
+  }
+  operation.next_layer = layer + 1;
+  operation.arrived_bytes = 0;
 }
 
 void TierLink::SealPut(PutId put, const BlockManifest& manifest, PutDone done) {

@@ -67,7 +67,7 @@ class TierLink {
 
   // Starts to publish a block. 0: no buffer free now.
   PutId BeginPut(const BlockKey& key, const BlockKey& parent, uint64_t run);
-  // The rows of this layer stand in `payload` (a whole block's).
+  // The rows of this layer stand in `payload` (a whole block's). Layers come in order.
   void PutLayer(PutId put, int layer, std::span<const std::byte> payload);
   // REQUIRES: PutLayer was called for every layer; `put` was neither sealed nor cancelled before.
   void SealPut(PutId put, const BlockManifest& manifest, PutDone done);
