@@ -1,6 +1,9 @@
 # Tests of transport/.
 kvant_test(transport_conformance_test SOURCES transport_suite.cc transport_peer.cc
   LIBS kvant_transport LABELS conformance TIMEOUT 120)
+kvant_test(transport_tcp_test SOURCES transport_peer.cc
+  LIBS kvant_transport PkgConfig::ZMQ LABELS unit TIMEOUT 120)
+kvant_test(transport_faulty_test SOURCES transport_peer.cc LIBS kvant_transport LABELS unit TIMEOUT 60)
 kvant_test(transport_bench_test LIBS kvant_transport LABELS bench TIMEOUT 60)
 
 # Debian's librapidcheck-dev has no CMake package.

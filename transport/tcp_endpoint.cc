@@ -338,12 +338,16 @@ void TcpEndpoint::Finish(const Status& why, StatusCode transfers_end_with) {
   if (stream_ != nullptr) stream_->Abort(transfers_end_with, peer_);
   if (!identity_.empty()) shared_->peers.erase(identity_);
   // Closed sockets of ZeroMQ linger, and would go on signalling.
-  if (dealer_.get() != nullptr) shared_->Unwatch(dealer_.fd());
+  if (dealer_.get() != nullptr) {
+    shared_->Unwatch(dealer_.fd());
+    if (!why.ok()) dealer_.Abandon();
+  }
   if (monitor_.get() != nullptr) shared_->Unwatch(monitor_.fd());
   shared_->events.push_back({.kind = Event::Kind::kClosed, .endpoint = id_, .status = why});
 }
 
 void TcpEndpoint::Leave() {
+  if (dealer_.get() != nullptr && (Connecting() || monitor_.SawDisconnect())) dealer_.Abandon();
   if (state_ == State::kOpen) {
     SendControl(ControlType::kGoodbye, {});
     stream_->SayGoodbye();

@@ -90,6 +90,11 @@ Result<ZmqSocket> ZmqSocket::MakeMonitor(const ZmqContext& context, const ZmqSoc
   return made;
 }
 
+void ZmqSocket::Abandon() const {
+  const int nothing = 0;
+  KV_CHECK(zmq_setsockopt(socket_, ZMQ_LINGER, &nothing, sizeof(nothing)) == 0);
+}
+
 int ZmqSocket::fd() const {
   int fd = -1;
   size_t size = sizeof(fd);

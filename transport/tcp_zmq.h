@@ -69,6 +69,8 @@ class ZmqSocket {
                                        uint64_t number);
 
   void* get() const { return socket_; }
+  // Drops what was not sent yet when it closes: there is nobody to send it to.
+  void Abandon() const;
   int fd() const;
   // Whether something can be received; takes note of what its descriptor signals.
   bool Readable() const;
