@@ -14,8 +14,12 @@
 
 #define KV_LANE_BYTES 32
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2")
+#endif
 
 namespace kvant::kernels {
 namespace {
@@ -23,7 +27,11 @@ namespace {
 }  // namespace
 }  // namespace kvant::kernels
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 namespace kvant::kernels {
 namespace {

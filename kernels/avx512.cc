@@ -14,8 +14,13 @@
 
 #define KV_LANE_BYTES 64
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
 
 namespace kvant::kernels {
 namespace {
@@ -23,7 +28,11 @@ namespace {
 }  // namespace
 }  // namespace kvant::kernels
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 namespace kvant::kernels {
 namespace {
