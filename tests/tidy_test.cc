@@ -203,13 +203,21 @@ TEST(Tidy, EverySourceFileIsBuilt) {
   for (const File& file : Tree()) {
     if (file.extension != ".cc" && file.extension != ".proto") continue;
     const std::string stem = file.name.substr(0, file.name.rfind('.'));
+    // kvant_fuzz(NAME ...) registers NAME_fuzz.cc.
+    const std::string fuzz =
+        stem.ends_with("_fuzz") ? "kvant_fuzz(" + stem.substr(0, stem.rfind('_')) + " " : "";
     const bool built = std::any_of(Tree().begin(), Tree().end(), [&](const File& other) {
-      return IsCMake(other) && other.folder == file.folder && HasWord(other.text, stem);
+      return IsCMake(other) && other.folder == file.folder &&
+             (HasWord(other.text, stem) ||
+              (!fuzz.empty() && other.text.find(fuzz) != other.text.npos));
     });
     if (built) continue;
     if (stem.ends_with("_test")) {
       violations.Add("{}: is not registered: add kvant_test({} ...) to a tests/*.cmake", file.path,
                      stem);
+    } else if (!fuzz.empty()) {
+      violations.Add("{}: is not registered: add {}...) to tests/fuzz/CMakeLists.txt", file.path,
+                     fuzz);
     } else {
       violations.Add("{}: no target builds it: name it in {}/CMakeLists.txt, or delete it",
                      file.path, file.folder);
