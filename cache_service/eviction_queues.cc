@@ -43,7 +43,11 @@ void EvictionQueues::Insert(uint32_t id, uint64_t fingerprint) {
 
 void EvictionQueues::Use(uint32_t id) {
   Node& node = nodes_[id];
-  node.uses = std::min(node.uses + 1, policy_.max_uses);
+  if (!node.parked) Unlink(id);
+  --QueueOf(node.line).members;
+  node.line = Line::kMain;
+  ++main_.members;
+  if (!node.parked) PushTail(id);
 }
 
 void EvictionQueues::Erase(uint32_t id) {
@@ -75,22 +79,6 @@ uint32_t EvictionQueues::PopHead(Line line) {
   const uint32_t id = QueueOf(line).head;
   Unlink(id);
   return id;
-}
-
-bool EvictionQueues::SecondChance(uint32_t id) {
-  Node& node = nodes_[id];
-  if (node.line == Line::kProbation) {
-    if (node.uses < policy_.promote_after) return false;
-    --probation_.members;
-    ++main_.members;
-    node.line = Line::kMain;
-    node.uses = 0;
-  } else {
-    if (node.uses == 0) return false;
-    --node.uses;
-  }
-  PushTail(id);
-  return true;
 }
 
 void EvictionQueues::Leave(uint32_t id) {

@@ -1,11 +1,16 @@
-// Which block to give up next: S3-FIFO (Yang et al., "FIFO queues are all you need for cache
-// eviction", SOSP 2023) over the leaves of a prefix tree.
+// Which block to give up next: the three queues of S3-FIFO (Yang et al., "FIFO queues are all you
+// need for cache eviction", SOSP 2023) over the leaves of a prefix tree.
 //
-// New blocks go on probation; a key that was given up lately (ghost) goes to the main queue at
-// once. Only blocks that may be evicted need to stand in a queue: when the hand meets one that may
-// not (it has children, or is pinned), the block is parked, and comes back to the head of the line
-// when it may be evicted again. So each step of the hand is paid by an insert, a use or an unpark,
-// and a victim costs constant time, amortised.
+// New blocks go on probation, a use takes them to the main queue, and a key that was given up on
+// probation lately (ghost) goes to the main queue at once: so a scan of blocks that are never used
+// again passes by those that are. A use moves a block to the end of its queue. S3-FIFO saves that
+// for the sake of threads; a shard has one, and on conversations recency is worth more
+// (docs/performance.md).
+//
+// Only blocks that may be evicted need to stand in a queue: when the hand meets one that may not
+// (it has children, or is pinned), the block is parked, and comes back to the head of the line when
+// it may be evicted again. So each step of the hand is paid by an insert, a use or an unpark, and a
+// victim costs constant time, amortised.
 #pragma once
 
 #include <cstddef>
@@ -16,14 +21,11 @@ namespace kvant {
 
 // Order in which blocks are given up. docs/performance.md has the hit ratios measured.
 struct EvictionPolicy {
-  // Share of the blocks that may be on probation before the victims are taken from there.
-  double probation_share = 0.1;
-  // Keys of given-up blocks that are remembered, relative to the most blocks there may be.
+  // Share of the blocks that may be on probation; as long as there are more, victims come from
+  // there.
+  double probation_share = 0.65;
+  // Keys given up on probation that are remembered, relative to the most blocks there may be.
   double ghost_share = 1.0;
-  // Uses after which a block on probation is promoted instead of given up.
-  uint32_t promote_after = 1;
-  // Uses that are counted at most; a block in the main queue gets that many second chances.
-  uint32_t max_uses = 3;
 };
 
 // Single-owner. Ids are indices below `capacity`; allocates everything at construction.
@@ -47,18 +49,17 @@ class EvictionQueues {
       const Line line = NextLine();
       if (line == Line::kNowhere) return kNone;
       const uint32_t id = PopHead(line);
-      if (!evictable(id)) {
-        nodes_[id].parked = true;
-      } else if (!SecondChance(id)) {
+      if (evictable(id)) {
         Leave(id);
         return id;
       }
+      nodes_[id].parked = true;
     }
   }
 
   static uint64_t BookkeepingBytes(uint32_t capacity, uint32_t max_blocks,
                                    const EvictionPolicy& policy);
-  // For tests: whether `id` is known here, and whether its links are sound.
+  // Whether `id` was inserted and has not left.
   bool Contains(uint32_t id) const { return nodes_[id].line != Line::kNowhere; }
 
  private:
@@ -67,7 +68,6 @@ class EvictionQueues {
     uint64_t fingerprint = 0;
     uint32_t previous = kNone;
     uint32_t next = kNone;
-    uint32_t uses = 0;
     Line line = Line::kNowhere;
     bool parked = false;
   };
@@ -86,8 +86,6 @@ class EvictionQueues {
   Queue& QueueOf(Line line) { return line == Line::kMain ? main_ : probation_; }
   Line NextLine() const;
   uint32_t PopHead(Line line);
-  // Moves a used block on instead of giving it up. False: it has no use to its credit.
-  bool SecondChance(uint32_t id);
   void Leave(uint32_t id);
   void PushTail(uint32_t id);
   void PushHead(uint32_t id);
