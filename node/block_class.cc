@@ -146,7 +146,8 @@ Status BlockClass::CheckManifest(const BlockKey& key, const BlockManifest& manif
     const bool there =
         std::any_of(manifest.rows.begin(), manifest.rows.end(), [&](const ManifestRow& other) {
           return other.part == PartOf(row.kind) && other.cut == row.cut &&
-                 other.layer == row.layer && other.length == row.length;
+                 other.layer == row.layer && other.kind == static_cast<uint8_t>(row.kind) &&
+                 other.offset == row.offset && other.length == row.length;
         });
     if (!there) {
       return DataLoss("block {}: layer {} is not laid out as {} says", key.ShortHex(), row.layer,

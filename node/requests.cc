@@ -33,14 +33,15 @@ Status TakeString(const Json& object, const char* field, const Place& place, std
   return OkStatus();
 }
 
-Status TakeNumber(const Json& object, const char* field, const Place& place, double low,
+// A number of the body.
+Status TakeNumber(const Json& body, const std::string& field, const Place& place, double low,
                   double high, double* out) {
-  const auto found = object.find(field);
-  if (found == object.end() || found->is_null()) return OkStatus();
-  if (!found->is_number()) return place.Complain(field, "expected a number");
+  const auto found = body.find(field);
+  if (found == body.end() || found->is_null()) return OkStatus();
+  if (!found->is_number()) return place.Complain("body." + field, "expected a number");
   const double value = found->get<double>();
   if (!(value >= low && value <= high)) {
-    return place.Complain(field, "{} is outside {} to {}", value, low, high);
+    return place.Complain("body." + field, "{} is outside {} to {}", value, low, high);
   }
   *out = value;
   return OkStatus();
@@ -55,14 +56,14 @@ Status TakeStop(const Json& body, const Place& place, std::vector<std::string>* 
     return true;
   };
   if (found->is_array()) {
-    if (found->size() > 16) return place.Complain("stop", "at most 16 strings are taken");
+    if (found->size() > 16) return place.Complain("body.stop", "at most 16 strings are taken");
     for (const Json& item : *found) {
-      if (!take(item)) return place.Complain("stop", "expected non-empty strings");
+      if (!take(item)) return place.Complain("body.stop", "expected non-empty strings");
     }
     return OkStatus();
   }
   if (!take(*found)) {
-    return place.Complain("stop", "expected a non-empty string or a list of such");
+    return place.Complain("body.stop", "expected a non-empty string or a list of such");
   }
   return OkStatus();
 }
@@ -125,9 +126,13 @@ Status TakeBody(const Json& body, const Place& place, Request* request) {
   KV_RETURN_IF_ERROR(request->chat ? TakeMessages(body, place, request)
                                    : TakePrompt(body, place, request));
   double max_tokens = request->max_tokens;
-  KV_RETURN_IF_ERROR(TakeNumber(body, "max_tokens", place, 1, 1 << 20, &max_tokens));
-  KV_RETURN_IF_ERROR(TakeNumber(body, "max_completion_tokens", place, 1, 1 << 20, &max_tokens));
+  for (const char* field : {"max_tokens", "max_completion_tokens"}) {
+    KV_RETURN_IF_ERROR(TakeNumber(body, field, place, 1, 1 << 20, &max_tokens));
+  }
   request->max_tokens = static_cast<int>(max_tokens);
+  if (request->max_tokens != max_tokens) {
+    return place.Complain("body.max_tokens", "{} is not a whole number", max_tokens);
+  }
   KV_RETURN_IF_ERROR(TakeNumber(body, "temperature", place, 0, 2, &request->temperature));
   KV_RETURN_IF_ERROR(TakeNumber(body, "top_p", place, 0, 1, &request->top_p));
   if (request->top_p == 0) return place.Complain("body.top_p", "must be above 0");

@@ -68,8 +68,8 @@ Scheduler::~Scheduler() = default;
 
 namespace {
 // A conversation belongs to its tenant.
-std::string ConversationName(const Request& request) {
-  return request.tenant + '\0' + request.conversation;
+std::pair<std::string, std::string> ConversationName(const Request& request) {
+  return {request.tenant, request.conversation};
 }
 }  // namespace
 
@@ -177,8 +177,8 @@ Status Scheduler::Prepare(Sequence* sequence) {
       std::min(static_cast<size_t>(request.max_tokens), context - sequence->prompt_tokens);
   const auto teacher = teachers_.find(request.custom_id);
   if (teacher != teachers_.end()) {
+    KV_RETURN_IF_ERROR(CheckTeacher(*sequence, teacher->second));
     sequence->teacher = &teacher->second;
-    if (teacher->second.empty()) return InvalidArgument("the teacher has no tokens");
   }
 
   SupplyNeed need;
@@ -189,6 +189,18 @@ Status Scheduler::Prepare(Sequence* sequence) {
   need.wire = options_.wire;
   sequence->supply = supply_->Start(std::move(need));
   return OkStatus();
+}
+
+Status Scheduler::CheckTeacher(const Sequence& sequence, std::span<const int32_t> teacher) const {
+  const ModelConfig& config = block_class_->model().config();
+  const size_t room = static_cast<size_t>(config.max_positions) - sequence.prompt_tokens;
+  const bool known = std::all_of(teacher.begin(), teacher.end(),
+                                 [&](int32_t token) { return token >= 0 && token < config.vocab; });
+  if (!teacher.empty() && teacher.size() <= room && known) return OkStatus();
+  return InvalidArgument(
+      "request '{}': the teacher's answer must have 1 to {} tokens below {}; it has {}. Is it of "
+      "another model?",
+      sequence.request.custom_id, room, config.vocab, teacher.size());
 }
 
 bool Scheduler::AdvanceSupplies() {
@@ -298,17 +310,14 @@ void Scheduler::SealOpenTile(Sequence* sequence) {
 
 void Scheduler::TakeToken(Sequence* sequence, std::span<const float> logits) {
   const size_t step = sequence->answer.tokens.size();
-  int32_t token = 0;
+  int32_t token = Sample(logits, sequence->sampling, step);
   if (sequence->teacher != nullptr) {
-    token = (*sequence->teacher)[step];
     ++stats_.teacher_tokens;
-    if (Sample(logits, SamplingOptions{}, 0) == token) ++stats_.teacher_agreed;
-  } else {
-    token = Sample(logits, sequence->sampling, step);
-    if (block_class_->model().config().IsEos(token)) {
-      Finish(sequence, FinishReason::kStop);
-      return;
-    }
+    if (token == (*sequence->teacher)[step]) ++stats_.teacher_agreed;
+    token = (*sequence->teacher)[step];
+  } else if (block_class_->model().config().IsEos(token)) {
+    Finish(sequence, FinishReason::kStop);
+    return;
   }
   sequence->tokens.push_back(token);
   sequence->answer.tokens.push_back(token);

@@ -59,7 +59,7 @@ class Scheduler {
 
   // Queues requests; turns of one conversation run in the order given.
   void Submit(const Request& request);
-  // Feed these tokens instead of what is sampled, and count where the most likely one agrees.
+  // Feed these tokens instead of what is chosen, and count where the choice is the same.
   void SetTeacher(const std::string& custom_id, std::vector<int32_t> tokens);
   // Sees each piece of text as soon as it is certain. Optional.
   void SetListener(
@@ -80,6 +80,8 @@ class Scheduler {
   struct Conversation;
   void Admit();
   Status Prepare(Sequence* sequence);
+  // That its tokens can follow the prompt. kInvalidArgument otherwise.
+  Status CheckTeacher(const Sequence& sequence, std::span<const int32_t> teacher) const;
   bool AdvanceSupplies();
   bool ComputeTail();
   bool DecodeAll();
@@ -103,7 +105,7 @@ class Scheduler {
   SchedulerStats stats_;
   std::deque<std::unique_ptr<Sequence>> queued_;
   std::vector<std::unique_ptr<Sequence>> active_;
-  std::map<std::string, Conversation> conversations_;
+  std::map<std::pair<std::string, std::string>, Conversation> conversations_;  // by tenant, name
   std::unordered_map<std::string, std::vector<int32_t>> teachers_;
   std::vector<SupplyJobPtr> background_;
   std::vector<Answer> answers_;
