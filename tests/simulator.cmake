@@ -16,3 +16,8 @@ add_executable(kvant-sim simulator/kvant_sim.cc)
 target_link_libraries(kvant-sim PRIVATE kvant_simulator CLI11::CLI11)
 
 kvant_test(simulator_test LIBS kvant_simulator LABELS sim TIMEOUT 300)
+
+# Garbage against the real program.
+kvant_test(kvantd_hostile_test LIBS kvant_cache_service PkgConfig::ZMQ LABELS fuzz TIMEOUT 180)
+target_compile_definitions(kvantd_hostile_test PRIVATE KVANTD="$<TARGET_FILE:kvantd>")
+add_dependencies(kvantd_hostile_test kvantd)
