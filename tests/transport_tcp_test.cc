@@ -29,14 +29,15 @@ std::unique_ptr<TcpTransport> NewTcp(const TcpOptions& options = {}) {
   return *std::move(transport);
 }
 
-// Polls until the predicate holds; whether it did.
+// Polls until the predicate holds; whether it did. It may take what it finds: asked once a turn.
 bool PollUntil(Transport* transport, std::vector<Event>* events,
                const std::function<bool()>& done) {
   const TimePoint deadline = SteadyClock().Now() + kPatience;
   while (!done()) {
     if (SteadyClock().Now() > deadline) return false;
+    const size_t before = events->size();
     transport->Poll(events);
-    if (!done()) transport->Wait(std::chrono::milliseconds(1));
+    if (events->size() == before) transport->Wait(std::chrono::milliseconds(1));
   }
   return true;
 }
