@@ -38,12 +38,7 @@ std::vector<CachedBlockPtr> RandomPast(const BlockClass& block_class, int tokens
   for (int begin = 0; begin < tokens; begin += kBlockTokens) {
     auto block = std::make_shared<CachedBlock>(block_class, BlockKey{}, block_class.FullCuts());
     for (int layer = 0; layer < layout.layers(); ++layer) {
-      for (const auto kind : {kernels::SegmentKind::kKey, kernels::SegmentKind::kValue}) {
-        float max_error[kernels::kMaxCuts];
-        block_class.codec().encode(kind, layout.shape(), x.data(),
-                                   layout.MutableRanges(kind, layer, block->bytes.data()),
-                                   max_error);
-      }
+      block_class.EncodeLayer(layer, x.data(), x.data(), block->bytes.data(), nullptr);
       block->MarkReady(layer);
     }
     blocks.push_back(std::move(block));

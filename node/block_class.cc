@@ -115,6 +115,20 @@ std::vector<BlockKey> BlockClass::Keys(std::span<const int32_t> tokens,
   return KeyChain(options).Keys(ids);
 }
 
+void BlockClass::EncodeLayer(int layer, const float* keys, const float* values, std::byte* payload,
+                             float* max_errors) const {
+  for (const SegmentKind kind : {SegmentKind::kKey, SegmentKind::kValue}) {
+    float errors[kernels::kMaxCuts] = {};
+    codec_->encode(kind, layout_.shape(), kind == SegmentKind::kKey ? keys : values,
+                   layout_.MutableRanges(kind, layer, payload), errors);
+    if (max_errors == nullptr) continue;
+    for (size_t i = 0; i < layout_.rows().size(); ++i) {
+      const kernels::PayloadRow& row = layout_.rows()[i];
+      if (row.kind == kind && row.layer == layer) max_errors[i] = errors[row.cut];
+    }
+  }
+}
+
 BlockManifest BlockClass::MakeManifest(const BlockKey& key, std::span<const std::byte> payload,
                                        std::span<const float> max_errors) const {
   KV_CHECK(payload.size() == payload_bytes() && max_errors.size() == layout_.rows().size());

@@ -65,6 +65,11 @@ class BlockClass {
 
   // Keys of the whole blocks of `tokens` under `domain`.
   std::vector<BlockKey> Keys(std::span<const int32_t> tokens, std::string_view domain) const;
+  // Writes one layer of a whole block into its payload. keys, values:
+  // [kBlockTokens][kv_heads][head_dim]. max_errors: nullptr, or [row], as layout().rows(): those of
+  // this layer are set.
+  void EncodeLayer(int layer, const float* keys, const float* values, std::byte* payload,
+                   float* max_errors) const;
   // The manifest of a whole block's payload. max_errors: [row], as layout().rows().
   BlockManifest MakeManifest(const BlockKey& key, std::span<const std::byte> payload,
                              std::span<const float> max_errors) const;

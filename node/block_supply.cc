@@ -271,19 +271,9 @@ Status BlockSupply::ComputeNext(const SupplyJobPtr& job) {
       std::make_shared<CachedBlock>(*block_class_, job->keys[index], block_class_->FullCuts());
   const TierLink::PutId put = tier_ != nullptr ? BeginPut(*job, index) : 0;
 
-  const kernels::PayloadLayout& layout = block_class_->layout();
-  const kernels::Codec& codec = block_class_->codec();
-  std::vector<float> errors(layout.rows().size());
+  std::vector<float> errors(block_class_->layout().rows().size());
   const LayerSink sink = [&](int layer, const float* keys, const float* values) {
-    for (const auto kind : {kernels::SegmentKind::kKey, kernels::SegmentKind::kValue}) {
-      float max_error[kernels::kMaxCuts] = {};
-      codec.encode(kind, layout.shape(), kind == kernels::SegmentKind::kKey ? keys : values,
-                   layout.MutableRanges(kind, layer, block->bytes.data()), max_error);
-      for (size_t row = 0; row < errors.size(); ++row) {
-        const kernels::PayloadRow& at = layout.rows()[row];
-        if (at.kind == kind && at.layer == layer) errors[row] = max_error[at.cut];
-      }
-    }
+    block_class_->EncodeLayer(layer, keys, values, block->bytes.data(), errors.data());
     block->MarkReady(layer);
     if (put != 0) {
       // The shard reads this layer while the next one is computed.

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/bytes.h"
+#include "kernels/implementation.h"
 #include "node/requests.h"
 
 namespace kvant::node {
@@ -35,6 +36,7 @@ Result<std::unique_ptr<NodeRuntime>> NodeRuntime::Create(const NodeOptions& opti
                              options.secret_file, secret.size());
     }
   }
+  KV_RETURN_IF_ERROR(kernels::ChooseImplementation());
   KV_RETURN_IF_ERROR(kernels::LoadBlas());
   const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
   node->pool_ =

@@ -291,17 +291,10 @@ bool Scheduler::DecodeAll() {
 }
 
 void Scheduler::SealOpenTile(Sequence* sequence) {
-  const kernels::PayloadLayout& layout = block_class_->layout();
   auto block = std::make_shared<CachedBlock>(*block_class_, BlockKey{}, block_class_->FullCuts());
-  for (int layer = 0; layer < layout.layers(); ++layer) {
-    for (const auto kind : {kernels::SegmentKind::kKey, kernels::SegmentKind::kValue}) {
-      float max_error[kernels::kMaxCuts] = {};
-      block_class_->codec().encode(
-          kind, layout.shape(),
-          kind == kernels::SegmentKind::kKey ? sequence->open.keys(layer)
-                                             : sequence->open.values(layer),
-          layout.MutableRanges(kind, layer, block->bytes.data()), max_error);
-    }
+  for (int layer = 0; layer < block_class_->layout().layers(); ++layer) {
+    block_class_->EncodeLayer(layer, sequence->open.keys(layer), sequence->open.values(layer),
+                              block->bytes.data(), nullptr);
     block->MarkReady(layer);
   }
   sequence->blocks.push_back(std::move(block));
