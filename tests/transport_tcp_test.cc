@@ -400,7 +400,12 @@ TEST(TcpTransport, GarbageHurtsNobody) {
   EXPECT_GT(defects.bad_bulk_connections, 0U);
   EXPECT_GT(defects.violations, 0U);
   EXPECT_GT(attacker.times_inside, 3);
-  EXPECT_LT(ResidentBytes(), before + (uint64_t{96} << 20));
+#ifdef __SANITIZE_ADDRESS__
+  constexpr uint64_t kMayGrow = uint64_t{512} << 20;  // it keeps 256 MiB of freed memory aside
+#else
+  constexpr uint64_t kMayGrow = uint64_t{96} << 20;
+#endif
+  EXPECT_LT(ResidentBytes(), before + kMayGrow);
   attacker.CloseAll();
 }
 

@@ -1,6 +1,8 @@
 // What the files of the transport bench share: one slice of measuring, ours or plain.
 #pragma once
 
+#include <sched.h>
+
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -75,8 +77,12 @@ class Pacer {
 class Patience {
  public:
   void Found() { empty_ = 0; }
-  // Whether to sleep now.
-  bool Sleep() { return ++empty_ > 1000; }
+  // Whether to sleep now. Before that, gives way to whoever else has work: with few cores that is
+  // the thread that this one is waiting for.
+  bool Sleep() {
+    if (++empty_ > 16) sched_yield();
+    return empty_ > 1000;
+  }
 
  private:
   uint32_t empty_ = 0;
