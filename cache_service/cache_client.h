@@ -64,7 +64,8 @@ struct PutRequest {
 
 struct ClientEvent {
   enum class Kind : uint8_t {
-    kLookupDone,    // blocks, prefix_blocks; status ok even if shards were unreachable
+    kLookupDone,  // blocks, prefix_blocks; ok even if shards were unreachable; kStaleEpoch: map is
+                  // old
     kLayerArrived,  // item, layer, manifest: verified in the buffer
     kItemDone,      // item, status, present, manifest: all its layers arrived, or none more will
     kFetchDone,  // status: ok if every item ended ok (absent counts as ok), else the first that did

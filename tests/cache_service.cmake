@@ -1,1 +1,20 @@
+find_path(RAPIDCHECK_INCLUDE_DIR rapidcheck.h REQUIRED)
+find_library(RAPIDCHECK_LIBRARY rapidcheck REQUIRED)
+find_package(ZLIB REQUIRED)
+find_package(Python3 REQUIRED COMPONENTS Interpreter)
+
+kvant_test(block_key_test LIBS kvant_cache_service ${RAPIDCHECK_LIBRARY} LABELS unit property TIMEOUT 120)
+add_test(NAME block_key_vectors
+  COMMAND Python3::Interpreter ${CMAKE_CURRENT_SOURCE_DIR}/block_key_vectors.py ${CMAKE_SOURCE_DIR}/docs/block-key.md)
+set_tests_properties(block_key_vectors PROPERTIES LABELS golden TIMEOUT 60)
+kvant_test(manifest_test LIBS kvant_cache_service ${RAPIDCHECK_LIBRARY} LABELS unit property TIMEOUT 120)
+kvant_test(block_store_test LIBS kvant_cache_service LABELS unit property TIMEOUT 300)
+kvant_test(block_store_memory_test LIBS kvant_cache_service LABELS unit TIMEOUT 120)
+kvant_test(hit_ratio_test SOURCES ${CMAKE_SOURCE_DIR}/cache_service/hit_ratio.cc
+  LIBS kvant_cache_service nlohmann_json::nlohmann_json ZLIB::ZLIB LABELS unit TIMEOUT 120)
 kvant_test(cache_service_test LIBS kvant_cache_service LABELS unit TIMEOUT 120)
+kvant_test(shard_server_test LIBS kvant_cache_service LABELS unit TIMEOUT 120)
+kvant_test(corruption_test LIBS kvant_cache_service LABELS unit TIMEOUT 300)
+kvant_test(kvantd_test LIBS kvant_cache_service LABELS unit TIMEOUT 120)
+add_dependencies(kvantd_test kvantd)
+target_compile_definitions(kvantd_test PRIVATE KVANTD_PATH="$<TARGET_FILE:kvantd>")

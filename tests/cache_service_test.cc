@@ -95,5 +95,177 @@ TEST(CacheService, PutLookupFetchAcrossShards) {
   EXPECT_EQ(cluster.client().stats().data_loss, 0U);
 }
 
+// A buffer with the payload of a block, and the put that goes with it.
+PutRequest MakePut(LoopbackCluster* cluster, const TestBlock& block) {
+  PutRequest put;
+  put.key = block.key;
+  put.parent = block.parent;
+  put.run = block.key.Prefix64();
+  put.payload_bytes = block.payload.size();
+  put.manifest_rows = block.manifest.rows.size();
+  put.buffer = *cluster->node().Lend(block.payload.size());
+  std::copy(block.payload.begin(), block.payload.end(), put.buffer->bytes().begin());
+  put.deadline = cluster->Soon();
+  return put;
+}
+FetchRequest MakeFetch(LoopbackCluster* cluster, const std::vector<TestBlock>& blocks) {
+  FetchRequest fetch;
+  uint64_t at = 0;
+  for (const TestBlock& block : blocks) {
+    fetch.items.push_back({block.key, block.key.Prefix64(), SelectAll(), at, block.payload.size()});
+    at += block.payload.size();
+  }
+  fetch.buffer = *cluster->node().Lend(at);
+  fetch.deadline = cluster->Soon();
+  return fetch;
+}
+
+TEST(CacheService, LayersComeLayerMajorAcrossTheItems) {
+  LoopbackCluster cluster(1);
+  std::vector<TestBlock> blocks;
+  for (uint64_t n = 1; n <= 20; ++n) {
+    blocks.push_back(MakeBlock(TestKey(n), {}, n));
+    ASSERT_TRUE(cluster.Put(blocks.back(), TestKey(n).Prefix64()).status.ok());
+  }
+  cluster.Await(cluster.client().Fetch(MakeFetch(&cluster, blocks), cluster.now()));
+  uint16_t layer = 0;
+  size_t arrived = 0;
+  for (const ClientEvent& event : cluster.events()) {
+    if (event.kind != Kind::kLayerArrived) continue;
+    EXPECT_GE(event.layer, layer);
+    layer = event.layer;
+    ++arrived;
+  }
+  EXPECT_EQ(arrived, 60U);
+}
+
+TEST(CacheService, StreamsAPutAsItIsComputed) {
+  LoopbackCluster cluster(1);
+  const TestBlock block = MakeBlock(TestKey(1), {}, 1);
+  PutRequest put = MakePut(&cluster, block);
+  std::fill(put.buffer->bytes().begin(), put.buffer->bytes().end(), std::byte{});
+  const std::shared_ptr<Lease> buffer = put.buffer;
+  const OpId op = cluster.client().BeginPut(put, cluster.now());
+  for (const ManifestRow& row : block.manifest.rows) {
+    if (row.layer == 2) continue;
+    std::copy_n(block.payload.begin() + static_cast<ptrdiff_t>(row.offset), row.length,
+                buffer->bytes().begin() + static_cast<ptrdiff_t>(row.offset));
+    cluster.client().PutReady(op, row.offset, row.length, cluster.now());
+    cluster.Step();
+  }
+  for (int i = 0; i < 20; ++i) cluster.Step();
+  // What was announced has been read before the seal.
+  EXPECT_EQ(cluster.server().stats().payload_bytes_stored, 600U);
+  EXPECT_EQ(cluster.server().store().Find(block.key), BlockState::kReserved);
+  std::copy(block.payload.begin(), block.payload.end(), buffer->bytes().begin());
+  cluster.client().SealPut(op, block.manifest, cluster.now());
+  EXPECT_TRUE(cluster.Await(op).status.ok());
+  EXPECT_EQ(cluster.server().stats().payload_bytes_stored, 900U);
+  EXPECT_EQ(cluster.client().stats().payload_bytes_put, 900U);
+}
+
+TEST(CacheService, ADeadShardFailsItsItemsAtOnceAndOnlyThose) {
+  LoopbackCluster cluster(2);
+  std::vector<TestBlock> blocks;
+  for (uint64_t n = 1; n <= 30; ++n) {
+    blocks.push_back(MakeBlock(TestKey(n), {}, n));
+    ASSERT_TRUE(cluster.Put(blocks.back(), TestKey(n).Prefix64()).status.ok());
+  }
+  cluster.Kill(0);
+  for (int i = 0; i < 50; ++i) cluster.Step();
+  EXPECT_FALSE(cluster.client().Reachable(0));
+  const TimePoint before = cluster.now();
+  const ClientEvent fetched =
+      cluster.Await(cluster.client().Fetch(MakeFetch(&cluster, blocks), cluster.now()));
+  EXPECT_EQ(fetched.status.code(), StatusCode::kUnavailable);
+  EXPECT_LT(cluster.now() - before, std::chrono::milliseconds(100));
+  for (const ClientEvent& event : cluster.events()) {
+    if (event.kind != Kind::kItemDone) continue;
+    const bool alive = cluster.client().map().Owner(blocks[event.item].key.Prefix64()) == 1;
+    EXPECT_EQ(event.status.ok(), alive);
+    EXPECT_EQ(event.present, alive);
+  }
+  std::vector<BlockKey> chain;
+  for (const TestBlock& block : blocks) chain.push_back(block.key);
+  const ClientEvent looked =
+      cluster.Await(cluster.client().Lookup(chain, {}, cluster.Soon(), cluster.now()));
+  EXPECT_TRUE(looked.status.ok());
+  EXPECT_TRUE(std::any_of(looked.blocks.begin(), looked.blocks.end(), [](const LookupBlock& b) {
+    return b.state == LookupState::kUnreachable;
+  }));
+  EXPECT_EQ(cluster.client().open_operations(), 0U);
+}
+
+TEST(CacheService, DeadlinesEndEverything) {
+  LoopbackCluster cluster(1);
+  const TestBlock block = MakeBlock(TestKey(1), {}, 1);
+  const TimePoint soon = cluster.Soon(std::chrono::milliseconds(5));
+  PutRequest put = MakePut(&cluster, block);
+  put.deadline = soon;
+  const OpId begun = cluster.client().BeginPut(put, cluster.now());  // never sealed
+  EXPECT_EQ(cluster.Await(begun).status.code(), StatusCode::kDeadlineExceeded);
+  cluster.client().PutReady(begun, 0, 10, cluster.now());
+  cluster.client().SealPut(begun, block.manifest, cluster.now());
+  for (int i = 0; i < 20; ++i) cluster.Step();
+  EXPECT_EQ(cluster.server().store().Find(block.key), BlockState::kAbsent);
+  EXPECT_EQ(cluster.server().store().CheckInvariants(), "");
+}
+
+TEST(CacheService, CancelEndsAnOperationOnce) {
+  LoopbackCluster cluster(1);
+  const TestBlock block = MakeBlock(TestKey(1), {}, 1);
+  ASSERT_TRUE(cluster.Put(block, block.key.Prefix64()).status.ok());
+  const OpId op = cluster.client().Fetch(MakeFetch(&cluster, {block}), cluster.now());
+  cluster.client().Cancel(op, cluster.now());
+  EXPECT_EQ(cluster.Await(op).status.code(), StatusCode::kCancelled);
+  for (int i = 0; i < 20; ++i) cluster.Step();
+  size_t done = 0;
+  for (const ClientEvent& event : cluster.events()) done += event.kind == Kind::kFetchDone;
+  EXPECT_EQ(done, 0U);
+  EXPECT_EQ(cluster.server().store().stats().pins, 0U);
+}
+
+TEST(CacheService, LeasesPinsAndStats) {
+  LoopbackCluster cluster(1);
+  const TestBlock block = MakeBlock(TestKey(1), {}, 1);
+  ASSERT_TRUE(cluster.Put(block, block.key.Prefix64()).status.ok());
+  const std::vector<BlockKey> chain = {block.key};
+  cluster.Await(
+      cluster.client().Lookup(chain, std::chrono::milliseconds(20), cluster.Soon(), cluster.now()));
+  EXPECT_EQ(cluster.server().store().stats().pins, 1U);
+  // The fetch takes the lease over.
+  cluster.Await(cluster.client().Fetch(MakeFetch(&cluster, {block}), cluster.now()));
+  for (int i = 0; i < 5; ++i) cluster.Step();
+  EXPECT_EQ(cluster.server().store().stats().pins, 0U);
+  cluster.Await(
+      cluster.client().Lookup(chain, std::chrono::milliseconds(20), cluster.Soon(), cluster.now()));
+  for (int i = 0; i < 1000; ++i) cluster.Step();
+  EXPECT_EQ(cluster.server().store().stats().pins, 0U);
+
+  const uint64_t run = block.key.Prefix64();
+  const ClientEvent pinned = cluster.Await(
+      cluster.client().Pin(block.key, run, std::chrono::seconds(1), cluster.Soon(), cluster.now()));
+  EXPECT_TRUE(pinned.status.ok());
+  EXPECT_EQ(cluster.server().store().stats().user_pinned_bytes, 900U);
+  cluster.Await(cluster.client().Pin(block.key, run, {}, cluster.Soon(), cluster.now()));
+  EXPECT_EQ(cluster.server().store().stats().user_pinned_bytes, 0U);
+  const ClientEvent stats = cluster.Await(cluster.client().Stats(0, cluster.Soon(), cluster.now()));
+  EXPECT_NE(stats.text.find("\"puts_sealed\": 1"), std::string::npos) << stats.text;
+}
+
+TEST(CacheService, APutThatSomebodyElseMakesEndsAtOnce) {
+  LoopbackCluster cluster(1);
+  const TestBlock block = MakeBlock(TestKey(1), {}, 1);
+  const OpId first = cluster.client().BeginPut(MakePut(&cluster, block), cluster.now());
+  for (int i = 0; i < 5; ++i) cluster.Step();
+  const ClientEvent second = cluster.Put(block, block.key.Prefix64());
+  EXPECT_TRUE(second.status.ok());
+  EXPECT_TRUE(second.already_there);
+  cluster.client().SealPut(first, block.manifest, cluster.now());
+  EXPECT_TRUE(cluster.Await(first).status.ok());
+  cluster.Put(block, block.key.Prefix64());
+  EXPECT_EQ(cluster.server().stats().dedup_bytes, 900U);
+}
+
 }  // namespace
 }  // namespace kvant
