@@ -395,8 +395,8 @@ TEST(Tidy, LinksInTheDocumentationResolve) {
 
 TEST(Tidy, PathsNamedInTheDocumentationExist) {
   static const std::set<std::string> kFolders = {
-      "base", "transport", "cluster", "cache_service", "kernels", "node",     "tests",
-      "docs", "scripts",   "cmake",   "examples",      "models",  "packaging"};
+      "base",  "transport", "cluster", "cache_service", "kernels",  "node",
+      "tests", "docs",      "scripts", "cmake",         "examples", "models"};
   Violations violations;
   for (const File& file : Tree()) {
     // History and decisions may name what is gone.
