@@ -78,15 +78,16 @@ void ShardServer::Impl::PlanItem(EndpointId endpoint, Session* session, const wi
 void ShardServer::Impl::OnFetch(EndpointId endpoint, Session* session,
                                 const wire::Envelope& request, TimePoint now) {
   const uint64_t id = request.request_id();
+  // Ids grow, so the wire repeated this one or held it back. To serve a fetch again would write
+  // over bytes that its client has verified already.
+  if (id <= session->newest_fetch) return;
+  session->newest_fetch = id;
   const Status status = CheckFetch(*session, request.fetch());
   if (!status.ok()) {
     if (status.code() == StatusCode::kInvalidArgument) ++stats_.malformed_messages;
     return SendDone(endpoint, id, status);
   }
-  // A message that the wire duplicated.
-  const auto [entry, fresh] = session->fetches.try_emplace(id);
-  if (!fresh) return;
-  Fetch& fetch = entry->second;
+  Fetch& fetch = session->fetches[id];
   fetch.request_id = id;
   fetch.window = FromWire(request.fetch().window());
   fetch.deadline = now + CappedMs(request.deadline_ms(), kMaxDeadline);
@@ -110,7 +111,7 @@ void ShardServer::Impl::OnFetch(EndpointId endpoint, Session* session,
     return a.range.layer < b.range.layer;
   });
   if (fetch.plan.empty()) {
-    session->fetches.erase(entry);
+    session->fetches.erase(id);
     return;
   }
   session->fetch_order.push_back(id);

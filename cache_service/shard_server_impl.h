@@ -85,6 +85,7 @@ class ShardServer::Impl {
     std::string name;
     std::map<uint64_t, Fetch> fetches;  // by arrival: see fetch_order
     std::deque<uint64_t> fetch_order;   // of those with something left to submit
+    uint64_t newest_fetch = 0;          // the largest id of a Fetch so far
     std::map<uint64_t, Put> puts;
     std::map<BlockKey, Lease> leases;
     size_t outstanding = 0;

@@ -210,6 +210,20 @@ TEST_F(ShardServerTest, ADuplicatedRequestChangesNothing) {
   EXPECT_TRUE(Deliver(SealOf(block, 1)).empty());
 }
 
+TEST_F(ShardServerTest, AFetchThatEndedIsNotServedAgain) {
+  // The client has verified those bytes; writing them again could only harm.
+  const TestBlock block = MakeBlock(TestKey(5), {}, 5);
+  Store(block);
+  std::vector<Action> actions = Deliver(FetchOf({block}, 900));
+  for (size_t i = 0; i < actions.size(); ++i) {
+    if (actions[i].kind != Action::Kind::kTransfer) continue;
+    for (Action& more : Done(actions[i])) actions.push_back(std::move(more));
+  }
+  EXPECT_TRUE(Deliver(FetchOf({block}, 900)).empty());
+  EXPECT_TRUE(Deliver(FetchOf({block}, 899)).empty());
+  EXPECT_FALSE(Deliver(FetchOf({block}, 901)).empty());
+}
+
 TEST_F(ShardServerTest, ALostClientLeavesNothingBehind) {
   const TestBlock stored = MakeBlock(TestKey(1), {}, 1);
   const TestBlock open = MakeBlock(TestKey(2), {}, 2);

@@ -44,7 +44,8 @@ class Session {
       server_->Poll(&events);
       transport_->Poll(&events);
     }
-    arena_ = *RegisteredArena::Create(transport_.get(), {.bytes = 64 << 10, .huge_pages = false});
+    arena_ = *RegisteredArena::Create(transport_.get(),
+                                      {.bytes = 64 << 10, .huge_pages = false, .max_leases = 256});
     client_ = std::make_unique<CacheClient>(*ShardMap::Make(kStaticEpoch, {{"loopback:shard"}}),
                                             arena_.get());
     client_->BindShard(0, endpoint_, now_);

@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <chrono>
+#include <cstdio>
 #include <optional>
 #include <string>
 
@@ -10,6 +11,8 @@
 
 namespace kvant::sim {
 namespace {
+
+constexpr std::chrono::seconds kProgressEvery{5};
 
 struct Flags {
   uint64_t seeds = 200;
@@ -49,6 +52,7 @@ int Run(const Flags& flags) {
   uint64_t hash = 0;
   double simulated = 0;
   const auto started = std::chrono::steady_clock::now();
+  auto last_word = started;
   for (uint64_t i = 0; i < count; ++i) {
     options.seed = first + i;
     const SimResult result = RunSimulation(options);
@@ -61,6 +65,13 @@ int Run(const Flags& flags) {
     simulated += result.simulated_seconds;
     outcomes += result.outcomes;
     faults += result.faults;
+    const auto now = std::chrono::steady_clock::now();
+    if (now - last_word < kProgressEvery) continue;
+    last_word = now;
+    const std::chrono::duration<double> so_far = now - started;
+    fmt::print("{} of {} seeds, {:.1f} seeds/s\n", i + 1, count,
+               static_cast<double>(i + 1) / so_far.count());
+    std::fflush(stdout);
   }
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - started;
   fmt::print(

@@ -308,13 +308,6 @@ Plan DrawPlan(uint64_t seed, const ServerFaults& faults) {
   plan.stalls = random.Chance(0.4);
   plan.leaps = random.Chance(0.25);
   plan.rot = random.Chance(0.4);
-  if (plan.faults.duplicate_message > 0) {
-    // A fetch that is served twice writes again what was verified already. No transport delivers
-    // twice; together with damage on the way it would show a wrong byte.
-    plan.faults.corrupt_payload = 0;
-    plan.faults.fail_transfer = 0;
-    plan.rot = false;
-  }
   return plan;
 }
 
