@@ -178,6 +178,20 @@ TEST_F(ArenaTest, LandingMemoryIsQuarantined) {
   EXPECT_EQ(arena->use().quarantined_bytes, 0U);
 }
 
+TEST_F(ArenaTest, MayEndWhileBytesStillLand) {
+  auto arena = Make(4096);
+  {
+    auto lease = arena->Lend(4096);
+    ASSERT_TRUE(lease.ok());
+    auto window = arena->Expose(*lease, 1, 0, 100, Access::kRemoteWrite);
+    ASSERT_TRUE(window.ok());
+    transport_.landing = true;
+  }
+  const std::span<std::byte> memory = arena->bytes();
+  arena.reset();
+  memory[99] = std::byte{1};  // still mapped, for what comes
+}
+
 TEST_F(ArenaTest, SaysWhatCannotBe) {
   EXPECT_FALSE(RegisteredArena::Create(&transport_, {.bytes = 0}).ok());
   EXPECT_FALSE(RegisteredArena::Create(&transport_, {.bytes = 1, .max_leases = 0}).ok());

@@ -87,8 +87,8 @@ RegisteredArena::RegisteredArena(std::span<std::byte> memory, std::unique_ptr<Me
 
 RegisteredArena::~RegisteredArena() {
   const bool landing = Collect() > 0;
-  const uint64_t held = use_.lent_bytes - use_.quarantined_bytes;
-  KV_CHECK(use_.leases == 0 && held == 0);
+  const ArenaUse last = use();
+  KV_CHECK(last.leases == 0 && last.lent_bytes == last.quarantined_bytes);
   region_.reset();
   // Where a receive cannot be called off, its memory must stay mapped until the process ends.
   if (!landing) munmap(memory_.data(), memory_.size());
