@@ -104,10 +104,12 @@ class [[nodiscard]] Result {
 #define KV_CONCAT(a, b) KV_CONCAT_INNER(a, b)
 
 // Returns from the enclosing function when `expression` (a Status) is not ok.
-#define KV_RETURN_IF_ERROR(expression)         \
-  do {                                         \
-    ::kvant::Status kv_status_ = (expression); \
-    if (!kv_status_.ok()) return kv_status_;   \
+#define KV_RETURN_IF_ERROR(expression) \
+  KV_RETURN_IF_ERROR_INNER(KV_CONCAT(kv_status_, __LINE__), expression)
+#define KV_RETURN_IF_ERROR_INNER(status, expression) \
+  do {                                               \
+    ::kvant::Status status = (expression);           \
+    if (!status.ok()) return status;                 \
   } while (false)
 
 // KV_ASSIGN_OR_RETURN(auto x, MakeX()): x, or return of the Status.

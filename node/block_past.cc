@@ -20,14 +20,14 @@ Status BlockPast::AwaitLayer(const CachedBlock& block, int layer) const {
 
 Status BlockPast::Layer(int block, int layer, kernels::LayerTile* out) {
   const CachedBlock& cached = *blocks_[static_cast<size_t>(block)];
+  KV_CHECK(cached.cuts.Covers(read_));
   KV_RETURN_IF_ERROR(AwaitLayer(cached, layer));
   const kernels::PayloadLayout& layout = block_class_.layout();
   out->codec = &layout.codec();
   out->shape = layout.shape();
-  out->keys =
-      layout.Ranges(kernels::SegmentKind::kKey, layer, cached.cuts.keys, cached.bytes.data());
+  out->keys = layout.Ranges(kernels::SegmentKind::kKey, layer, read_.keys, cached.bytes.data());
   out->values =
-      layout.Ranges(kernels::SegmentKind::kValue, layer, cached.cuts.values, cached.bytes.data());
+      layout.Ranges(kernels::SegmentKind::kValue, layer, read_.values, cached.bytes.data());
   return OkStatus();
 }
 

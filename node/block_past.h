@@ -23,10 +23,12 @@ struct ArrivalWait {
 // Single-owner; borrows everything for its lifetime, which is a call of the Decoder.
 class BlockPast final : public PastBlocks {
  public:
-  // arrival: nullptr where all blocks are complete.
-  BlockPast(const BlockClass& block_class, std::span<const CachedBlockPtr> blocks,
+  // read: the extents that are attended, whatever more a block holds: a result must not depend on
+  // where a block came from. arrival: nullptr where all blocks are complete.
+  // REQUIRES: every block holds at least `read`.
+  BlockPast(const BlockClass& block_class, std::span<const CachedBlockPtr> blocks, const Cuts& read,
             const ArrivalWait* arrival)
-      : block_class_(block_class), blocks_(blocks), arrival_(arrival) {}
+      : block_class_(block_class), blocks_(blocks), read_(read), arrival_(arrival) {}
 
   int tokens() const override { return blocks() * kBlockTokens; }
   int blocks() const override { return static_cast<int>(blocks_.size()); }
@@ -38,6 +40,7 @@ class BlockPast final : public PastBlocks {
 
   const BlockClass& block_class_;
   std::span<const CachedBlockPtr> blocks_;
+  Cuts read_;
   const ArrivalWait* arrival_;
 };
 

@@ -10,6 +10,11 @@ namespace {
 
 using Place = SupplyJob::Place;
 
+// When two prefill nodes compute one block, the second one hears that it is being written and
+// announces it. It is sealed within the time that one block takes to travel.
+constexpr uint8_t kAnnouncedFetches = 20;
+constexpr Duration kFetchAgainAfter = std::chrono::milliseconds(10);
+
 }  // namespace
 
 SupplyJobPtr BlockSupply::Start(SupplyNeed need) {
@@ -20,6 +25,7 @@ SupplyJobPtr BlockSupply::Start(SupplyNeed need) {
   job->blocks.resize(need.blocks);
   job->place.assign(need.blocks, Place::kUnknown);
   job->computed.assign(need.blocks, 0);
+  job->patience.assign(need.blocks, 0);
   job->read_cuts = need.wire == Wire::kAuto ? block_class_->CutsOf(Wire::kK4V4)
                                             : block_class_->CutsOf(need.wire);
   job->need = std::move(need);
@@ -73,8 +79,13 @@ void BlockSupply::PlanSources(const SupplyJobPtr& job) {
   if (job->need.wire == Wire::kAuto && !in_tier.empty()) {
     job->read_cuts = planner_->ChooseCuts(*block_class_, Wire::kAuto, in_tier.size());
   }
-  job->tier_hits = in_tier.size();
-  stats_.tier_hit_blocks += in_tier.size();
+  const auto silent = std::count_if(job->found.begin(), job->found.end(), [](const auto& block) {
+    return block.state == LookupState::kUnreachable;
+  });
+  if (silent != 0) {
+    spdlog::warn("{} of {} blocks are recomputed: their shards cannot be reached", silent,
+                 job->keys.size());
+  }
 
   const bool ask = peer_ != nullptr && !missing.empty();
   if (!ask && !missing.empty()) job->full_before = missing.back();
@@ -103,7 +114,12 @@ void BlockSupply::PlanSources(const SupplyJobPtr& job) {
   for (const size_t i : in_tier) {
     job->place[i] = job->plan.fetch ? Place::kTier : Place::kCompute;
   }
-  if (!job->plan.fetch) job->full_before = std::max(job->full_before, in_tier.back());
+  if (!job->plan.fetch) {
+    job->full_before = std::max(job->full_before, in_tier.back());
+    return;
+  }
+  job->tier_hits = in_tier.size();
+  stats_.tier_hit_blocks += in_tier.size();
 }
 
 void BlockSupply::AskPeer(const SupplyJobPtr& job, std::span<const size_t> missing) {
@@ -113,6 +129,7 @@ void BlockSupply::AskPeer(const SupplyJobPtr& job, std::span<const size_t> missi
                const SupplyJobPtr waiting = weak.lock();
                if (waiting == nullptr || waiting->place[block] != Place::kPeer) return;
                waiting->place[block] = status.ok() ? Place::kTier : Place::kCompute;
+               waiting->patience[block] = kAnnouncedFetches;
                if (status.ok()) return;
                ++waiting->recomputed;
                spdlog::warn("block {} is computed here: the prefill node said {}",
@@ -124,6 +141,13 @@ void BlockSupply::DropFailed(SupplyJob* job) {
   for (size_t i = 0; i < job->blocks.size(); ++i) {
     const CachedBlockPtr& block = job->blocks[i];
     if (block == nullptr || block->failed.ok()) continue;
+    if (block->absent && job->patience[i] > 0) {
+      --job->patience[i];
+      job->fetch_again_at = clock_->Now() + kFetchAgainAfter;
+      job->blocks[i] = nullptr;
+      job->place[i] = Place::kTier;
+      continue;
+    }
     spdlog::warn("block {} (tokens {} to {}) is recomputed: {}", block->key.ShortHex(),
                  i * kBlockTokens, (i + 1) * kBlockTokens, block->failed.ToString());
     job->blocks[i] = nullptr;
@@ -139,8 +163,10 @@ void BlockSupply::RaiseCuts(SupplyJob* job) {
       break;
     }
   }
-  for (size_t i = 0; i < job->full_before; ++i) {
-    if (job->blocks[i] == nullptr || job->blocks[i]->cuts.Covers(block_class_->FullCuts())) {
+  // Also what was found in memory before the planner chose to read more than it holds.
+  for (size_t i = 0; i < job->blocks.size(); ++i) {
+    if (job->blocks[i] == nullptr ||
+        job->blocks[i]->cuts.Covers(job->CutsOf(i, block_class_->FullCuts()))) {
       continue;
     }
     job->blocks[i] = nullptr;
@@ -149,6 +175,7 @@ void BlockSupply::RaiseCuts(SupplyJob* job) {
 }
 
 void BlockSupply::StartFetches(const SupplyJobPtr& job) {
+  if (clock_->Now() < job->fetch_again_at) return;
   std::vector<size_t> wanted;
   for (size_t i = 0; i < job->place.size(); ++i) {
     if (job->place[i] == Place::kTier && !TakeIfHere(job.get(), i)) wanted.push_back(i);
@@ -282,7 +309,8 @@ Status BlockSupply::ComputeNext(const SupplyJobPtr& job) {
     }
     return OkStatus();
   };
-  BlockPast past(*block_class_, std::span(job->blocks).first(index), nullptr);
+  BlockPast past(*block_class_, std::span(job->blocks).first(index), block_class_->FullCuts(),
+                 nullptr);
   PrefillBlock prefill;
   prefill.tokens = std::span(job->need.tokens).subspan(index * kBlockTokens, kBlockTokens);
   prefill.position = static_cast<int>(index) * kBlockTokens;

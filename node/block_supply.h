@@ -59,6 +59,9 @@ struct SupplyJob {
   std::vector<CachedBlockPtr> blocks;  // [blocks]
   std::vector<Place> place;            // [blocks]
   std::vector<uint8_t> computed;       // [blocks] here, by this job
+  // [blocks] fetches left of a block that a peer announced: somebody else may still be writing it.
+  std::vector<uint8_t> patience;
+  TimePoint fetch_again_at{};  // not before then
   Cuts read_cuts;
   size_t full_before = 0;  // blocks before this one are needed whole, to compute what follows
   bool took_local = false;
@@ -69,7 +72,7 @@ struct SupplyJob {
   TimePoint plan_started{};
   bool plan_open = false;
   size_t local_hits = 0;       // blocks
-  size_t tier_hits = 0;        // blocks that the tier had when it was asked
+  size_t tier_hits = 0;        // blocks that the tier had and that were to be fetched
   size_t recomputed = 0;       // blocks that were to be had elsewhere, but failed
   size_t computed_blocks = 0;  // here
   std::vector<LookupBlock> found;

@@ -26,6 +26,7 @@ struct CachedBlock {
   std::vector<uint8_t> ready;  // [layers]
   int layers_missing = 0;      // layers that are not ready
   Status failed;               // not ok: what is missing will never come
+  bool absent = false;         // failed because the tier did not have it
   BlockManifest manifest;      // with rows only where the whole block was computed here
 
   CachedBlock(const BlockClass& block_class, const BlockKey& block_key, const Cuts& block_cuts);

@@ -7,7 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
-#include "node/bench.h"
+#include "node/bench_command.h"
 #include "node/generate.h"
 #include "node/report.h"
 #include "node/requests.h"
@@ -16,10 +16,12 @@
 namespace kvant::node {
 namespace {
 
+constexpr int kBadUsage = 2;
+
 // Prints an error where people look for it. Returns the exit status.
 int Explain(const Status& status) {
   std::fprintf(stderr, "kvant: %s\n", status.message().c_str());
-  return status.code() == StatusCode::kInvalidArgument ? 2 : 1;
+  return status.code() == StatusCode::kInvalidArgument ? kBadUsage : 1;
 }
 
 int ExitWith(const Result<int>& result) { return result.ok() ? *result : Explain(result.status()); }
@@ -166,7 +168,11 @@ int Main(int argc, char** argv) {
   bench_node->add_option("--model", bench.model, "Hugging Face model directory")->required();
   bench_node->add_option("--threads", bench.threads, "Compute threads (default: one a core)");
 
-  CLI11_PARSE(app, argc, argv);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kBadUsage;
+  }
   spdlog::set_level(spdlog::level::from_str(log_level));
 
   if (run_command->parsed()) return ExitWith(RunRequests(run, &argc, &argv));

@@ -109,7 +109,12 @@ void NodeLink::Handle(Event* event, std::vector<Received>* received) {
       message->version() == kNodeProtocolVersion &&
       message->body_case() != wire::Message::BODY_NOT_SET;
   const auto known = rank_of_.find(event->endpoint);
-  if (!well_formed || (known == rank_of_.end() && !message->has_hello())) {
+  // Each endpoint says once who it is, and nobody takes the name of a rank that is there.
+  const bool introduced = known != rank_of_.end();
+  const auto named =
+      message->has_hello() ? peers_.find(static_cast<int>(message->hello().rank())) : peers_.end();
+  const bool taken = named != peers_.end() && named->second.endpoint != 0;
+  if (!well_formed || introduced == message->has_hello() || taken) {
     spdlog::warn("a malformed message between nodes; its sender is disconnected");
     if (Endpoint* endpoint = transport_->Find(event->endpoint)) endpoint->Close();
     return;

@@ -117,7 +117,7 @@ Json NodeRankReport(int rank, Role role, const std::string& host, NodeRuntime& n
             {"local_hit_tokens", scheduler.local_hit_tokens},
             {"tier_hit_tokens", scheduler.tier_hit_tokens},
             {"generated_tokens", scheduler.generated_tokens},
-            {"recomputed_tokens", scheduler.recomputed_tokens},
+            {"recomputed_after_failure_tokens", scheduler.recomputed_tokens},
             {"tail_tokens", scheduler.tail_tokens},
             {"teacher_tokens", scheduler.teacher_tokens},
             {"teacher_agreed", scheduler.teacher_agreed}}},
@@ -214,7 +214,8 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
       {"generated_tokens", generated},
       {"prefill_tokens_computed", Sum(ranks, "supply", "computed_blocks") * kBlockTokens +
                                       Sum(ranks, "scheduler", "tail_tokens")},
-      {"recomputed_tokens", Sum(ranks, "scheduler", "recomputed_tokens")},
+      {"recomputed_after_failure_tokens",
+       Sum(ranks, "scheduler", "recomputed_after_failure_tokens")},
       {"ttft_ms_p50", Percentile(ttft, 0.5)},
       {"ttft_ms_p99", Percentile(ttft, 0.99)},
       {"tpot_ms_p50", Percentile(tpot, 0.5)},

@@ -2,6 +2,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -306,6 +307,10 @@ Result<std::vector<Answer>> ParseAnswers(std::string_view text, std::string_view
 }
 
 Result<std::string> ReadFile(const std::string& path) {
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored)) {
+    return InvalidArgument("cannot read '{}': it is a directory, a file is needed", path);
+  }
   std::ifstream file(path, std::ios::binary);
   if (!file) return InvalidArgument("cannot read '{}': {}", path, std::strerror(errno));
   std::ostringstream text;

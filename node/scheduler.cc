@@ -233,7 +233,8 @@ bool Scheduler::ComputeTail() {
   if (ready == active_.end()) return false;
   Sequence* sequence = ready->get();
   const size_t begin = sequence->supply->blocks.size() * kBlockTokens;
-  BlockPast past(*block_class_, sequence->supply->blocks, tier_ != nullptr ? &arrival_ : nullptr);
+  BlockPast past(*block_class_, sequence->supply->blocks, sequence->supply->read_cuts,
+                 tier_ != nullptr ? &arrival_ : nullptr);
   PrefillBlock tail;
   tail.tokens = std::span(sequence->tokens).subspan(begin);
   tail.position = static_cast<int>(begin);
@@ -276,7 +277,8 @@ bool Scheduler::DecodeAll() {
     DecodeRow row;
     row.token = sequence->tokens.back();
     row.position = static_cast<int>(sequence->tokens.size()) - 1;
-    row.past = &pasts.emplace_back(*block_class_, sequence->blocks, nullptr);
+    row.past =
+        &pasts.emplace_back(*block_class_, sequence->blocks, sequence->supply->read_cuts, nullptr);
     row.open = &sequence->open;
     rows.push_back(std::move(row));
   }

@@ -204,7 +204,7 @@ void TierLink::FailBlock(const CachedBlockPtr& block, const Status& status) {
   if (block->complete() || !block->failed.ok()) return;
   block->failed = status;
   ++stats_.failed_blocks;
-  spdlog::info("block {} will be recomputed: {}", block->key.ShortHex(), status.ToString());
+  spdlog::info("block {} was not fetched: {}", block->key.ShortHex(), status.ToString());
 }
 
 void TierLink::OnLayer(Operation* operation, const ClientEvent& event) {
@@ -262,8 +262,9 @@ void TierLink::OnEvent(const ClientEvent& event) {
       if (block->complete()) {
         ++stats_.fetched_blocks;
       } else if (block->failed.ok()) {
-        FailBlock(block,
-                  event.status.ok() ? Unavailable("the tier gave it up meanwhile") : event.status);
+        block->absent = event.status.ok() && !event.present;
+        FailBlock(block, event.status.ok() ? Unavailable("the tier does not have it (any more)")
+                                           : event.status);
       }
       return;
     }

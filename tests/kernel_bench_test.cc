@@ -1,7 +1,7 @@
-// kernels/bench.h measures something plausible; the numbers themselves are for people.
+// kernels/kernel_bench.h measures something plausible; the numbers themselves are for people.
 #include <gtest/gtest.h>
 
-#include "kernels/bench.h"
+#include "kernels/kernel_bench.h"
 
 namespace kvant::kernels {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <deque>
 
-#include "transport/bench_internal.h"
+#include "transport/transport_bench_internal.h"
 #include "transport/mpi_state.h"
 
 namespace kvant::bench {

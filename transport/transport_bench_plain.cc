@@ -11,7 +11,7 @@
 #include <cstring>
 #include <deque>
 
-#include "transport/bench_internal.h"
+#include "transport/transport_bench_internal.h"
 
 namespace kvant::bench {
 namespace {

@@ -1,4 +1,4 @@
-#include "kernels/bench.h"
+#include "kernels/kernel_bench.h"
 
 #include <algorithm>
 #include <atomic>

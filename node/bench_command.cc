@@ -1,4 +1,4 @@
-#include "node/bench.h"
+#include "node/bench_command.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -7,11 +7,11 @@
 #include <vector>
 
 #include "base/random.h"
-#include "kernels/bench.h"
+#include "kernels/kernel_bench.h"
 #include "node/block_past.h"
 #include "node/report.h"
 #include "node/requests.h"
-#include "transport/bench.h"
+#include "transport/transport_bench.h"
 
 namespace kvant::node {
 namespace {
@@ -94,7 +94,7 @@ Result<Json> PrefillRow(const NodeBench& bench, const BlockClass& block_class, D
                         int context, double sgemm_rate) {
   const ModelConfig& config = bench.model->config();
   const std::vector<CachedBlockPtr> blocks = RandomPast(block_class, context);
-  BlockPast past(block_class, blocks, nullptr);
+  BlockPast past(block_class, blocks, block_class.FullCuts(), nullptr);
   const std::vector<int32_t> tokens(kBlockTokens, 1);
   const LayerSink sink = [](int, const float*, const float*) { return OkStatus(); };
   // The logits are left out, as in the prefill of all blocks but a prompt's last tokens.
@@ -120,7 +120,7 @@ Result<Json> DecodeRowOf(const NodeBench& bench, const BlockClass& block_class, 
                          int context) {
   const ModelConfig& config = bench.model->config();
   const std::vector<CachedBlockPtr> blocks = RandomPast(block_class, context);
-  BlockPast past(block_class, blocks, nullptr);
+  BlockPast past(block_class, blocks, block_class.FullCuts(), nullptr);
   OpenTile open(config);
   std::vector<float> logits(static_cast<size_t>(config.vocab));
   KV_ASSIGN_OR_RETURN(const double seconds, TimeOf(bench.each, [&] {

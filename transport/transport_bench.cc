@@ -1,4 +1,4 @@
-#include "transport/bench.h"
+#include "transport/transport_bench.h"
 
 #include <sys/socket.h>
 
@@ -10,7 +10,7 @@
 
 #include "base/bytes.h"
 #include "transport/arena.h"
-#include "transport/bench_internal.h"
+#include "transport/transport_bench_internal.h"
 #include "transport/factory.h"
 #include "transport/tcp_socket.h"
 
