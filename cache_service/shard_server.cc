@@ -159,7 +159,11 @@ void ShardServer::Impl::OnHello(EndpointId endpoint, Session* session,
 
 void ShardServer::Impl::Lend(EndpointId endpoint, Session* session, const BlockKey& key,
                              TimePoint deadline) {
-  if (session->leases.size() >= options_.limits.max_leases_per_client) return;
+  const auto held = session->leases.find(key);
+  const bool renews = held != session->leases.end();
+  // Two operations of one client may hold a block: the one that needs it longer decides.
+  if (renews && held->second.deadline >= deadline) return;
+  if (!renews && session->leases.size() >= options_.limits.max_leases_per_client) return;
   // A lease is a courtesy: without one the block may be gone when it is fetched, which is a miss.
   const Result<PinId> pin = store_.Pin(key, endpoint, deadline);
   if (!pin.ok()) return;

@@ -1,3 +1,4 @@
+// The pool behind linear.h: workers sleep until a job comes, and claim its pieces one by one.
 #include <atomic>
 #include <condition_variable>
 #include <mutex>

@@ -8,8 +8,8 @@
 #include <cstring>
 #include <limits>
 
-#include "kernel_fixtures.h"
 #include "kernels/implementation.h"
+#include "tests/kernel_fixtures.h"
 
 namespace kvant::kernels {
 namespace {

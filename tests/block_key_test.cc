@@ -1,3 +1,4 @@
+// Block keys: the test vectors of docs/block-key.md, and that no two inputs meet under one key.
 #include "cache_service/block_key.h"
 
 #include <gtest/gtest.h>

@@ -1,3 +1,4 @@
+// The block store: reserve, seal, pin, evict, its limits, and random histories against a model.
 #include "cache_service/block_store.h"
 
 #include <gtest/gtest.h>

@@ -16,8 +16,8 @@
 #include <vector>
 
 #include "base/bytes.h"
-#include "kernel_fixtures.h"
 #include "kernels/codec.h"
+#include "tests/kernel_fixtures.h"
 
 namespace kvant::kernels {
 

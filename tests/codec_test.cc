@@ -8,9 +8,9 @@
 #include <cstring>
 #include <limits>
 
-#include "kernel_fixtures.h"
 #include "kernels/implementation.h"
 #include "kernels/payload_layout.h"
+#include "tests/kernel_fixtures.h"
 
 namespace kvant::kernels {
 namespace {

@@ -6,9 +6,9 @@
 #include <fstream>
 #include <sstream>
 
-#include "codec_golden.h"
 #include "kernels/implementation.h"
 #include "kernels/payload_layout.h"
+#include "tests/codec_golden.h"
 
 namespace kvant::kernels {
 namespace {

@@ -1,3 +1,4 @@
+// The hit-ratio tool: its policies on small traces whose answers are known.
 #include "cache_service/hit_ratio.h"
 
 #include <gtest/gtest.h>

@@ -1,7 +1,7 @@
 // kernels/kernel_bench.h measures something plausible; the numbers themselves are for people.
-#include <gtest/gtest.h>
-
 #include "kernels/kernel_bench.h"
+
+#include <gtest/gtest.h>
 
 namespace kvant::kernels {
 namespace {

@@ -6,9 +6,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "kernel_fixtures.h"
 #include "kernels/attention.h"
 #include "kernels/payload_layout.h"
+#include "tests/kernel_fixtures.h"
 
 namespace kvant::kernels {
 namespace {

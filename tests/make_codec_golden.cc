@@ -6,8 +6,8 @@
 #include <fstream>
 #include <limits>
 
-#include "codec_golden.h"
 #include "kernels/payload_layout.h"
+#include "tests/codec_golden.h"
 
 namespace kvant::kernels {
 namespace {

@@ -1,3 +1,4 @@
+// Manifests: selections, verification, and an encoded form that accepts nothing but itself.
 #include "cache_service/manifest.h"
 
 #include <gtest/gtest.h>

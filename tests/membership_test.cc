@@ -1,3 +1,4 @@
+// Static membership: lists of shards and plans of roles, right and wrong ones.
 #include "cluster/membership.h"
 
 #include <gtest/gtest.h>

@@ -1,3 +1,4 @@
+// Placement: shares by weight, few moves when a shard joins, runs that stay together.
 #include "cluster/shard_map.h"
 
 #include <gtest/gtest.h>

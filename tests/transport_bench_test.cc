@@ -1,7 +1,7 @@
 // The transport bench runs, and its rows hold together. Rates are judged by people, not here.
-#include <gtest/gtest.h>
-
 #include "transport/transport_bench.h"
+
+#include <gtest/gtest.h>
 
 namespace kvant {
 namespace {

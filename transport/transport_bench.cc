@@ -10,9 +10,9 @@
 
 #include "base/bytes.h"
 #include "transport/arena.h"
-#include "transport/transport_bench_internal.h"
 #include "transport/factory.h"
 #include "transport/tcp_socket.h"
+#include "transport/transport_bench_internal.h"
 
 namespace kvant {
 namespace bench {

@@ -5,8 +5,8 @@
 
 #include <deque>
 
-#include "transport/transport_bench_internal.h"
 #include "transport/mpi_state.h"
+#include "transport/transport_bench_internal.h"
 
 namespace kvant::bench {
 namespace {
