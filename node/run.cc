@@ -154,6 +154,10 @@ Result<int> RunAlone(const RunOptions& options) {
 
 // One rank of an MPI job.
 Result<int> RunRank(const RunOptions& options, MpiJob& job) {
+  if (!options.cache.empty() || options.no_cache) {
+    return InvalidArgument(
+        "--cache and --no-cache are for one process; under mpirun the cache ranks are the cache");
+  }
   KV_ASSIGN_OR_RETURN(const RolePlan plan, job.AgreeOnRoles(options.roles));
   const Role role = plan.RoleOf(job.rank());
 
@@ -272,10 +276,6 @@ Result<int> RunRequests(const RunOptions& options, int* argc, char*** argv) {
           options.roles);
     }
     return RunAlone(options);
-  }
-  if (!options.cache.empty() || options.no_cache) {
-    return InvalidArgument(
-        "--cache and --no-cache are for one process; under mpirun the cache ranks are the cache");
   }
   KV_ASSIGN_OR_RETURN(const std::unique_ptr<MpiJob> job, MpiJob::Create(argc, argv));
   const Result<int> result = RunRank(options, *job);
