@@ -1,0 +1,155 @@
+// `kvant generate` beside kvantd, as a user meets them: a prefix found again, a shard that dies or
+// hangs in the middle, one that comes back empty.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+
+#include <chrono>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "tests/support/node_world.h"
+#include "tests/support/program.h"
+#include "tests/support/random_model.h"
+
+namespace kvant {
+namespace {
+
+using nlohmann::json;
+using support::Program;
+using support::ProgramResult;
+using support::RunProgram;
+using support::Shard;
+using testing::HasSubstr;
+
+class GenerateProgram : public testing::Test {
+ protected:
+  // A model that is slow enough to be worth fetching, with a prompt of some twenty blocks.
+  static void SetUpTestSuite() {
+    directory_ = std::make_unique<support::TemporaryDirectory>();
+    support::RandomModelOptions options;
+    options.config = support::TinyConfig();
+    options.config.layers = 4;
+    options.config.hidden = 256;
+    options.config.intermediate = 768;
+    ASSERT_TRUE(support::WriteRandomModel(Model(), options).ok());
+    for (int i = 0; prompt_.size() < 1400; ++i) prompt_ += static_cast<char>('a' + i * i % 23 % 8);
+  }
+  static void TearDownTestSuite() { directory_.reset(); }
+  static std::string Model() { return directory_->path() / "model"; }
+
+  static std::vector<std::string> Command(const std::vector<std::string>& more) {
+    std::vector<std::string> command = {
+        KVANT_PATH, "generate",     "--model", Model(),       "--prompt", prompt_,
+        "--json",   "--max-tokens", "24",      "--seed",      "5",        "--temperature",
+        "0.8",      "--threads",    "1",       "--log-level", "info"};
+    command.insert(command.end(), more.begin(), more.end());
+    return command;
+  }
+  static json Generate(const std::vector<std::string>& more) {
+    const ProgramResult result = RunProgram(Command(more));
+    EXPECT_EQ(result.exit, 0) << result.errors;
+    return json::parse(result.out, nullptr, false);
+  }
+  static std::string Alone() { return Generate({"--no-cache"}).at("text"); }
+
+  static inline std::unique_ptr<support::TemporaryDirectory> directory_;
+  static inline std::string prompt_;
+};
+
+TEST_F(GenerateProgram, TheSecondRunFindsThePrefixOnTwoShards) {
+  Shard first(KVANTD_PATH);
+  Shard second(KVANTD_PATH);
+  const std::string cache = first.address + "," + second.address;
+  const std::string expected = Alone();
+  const json cold = Generate({"--cache", cache});
+  EXPECT_EQ(cold.at("text"), expected);
+  EXPECT_EQ(cold.at("hit_tokens"), 0);
+  EXPECT_EQ(cold.at("recomputed_tokens"), cold.at("prompt_tokens"));
+  EXPECT_EQ(cold.at("fetched_bytes"), 0);
+
+  const json warm = Generate({"--cache", cache});
+  EXPECT_EQ(warm.at("text"), expected);
+  EXPECT_EQ(warm.at("tokens"), cold.at("tokens"));
+  const int prompt = warm.at("prompt_tokens");
+  EXPECT_GT(prompt, 640);
+  EXPECT_EQ(warm.at("hit_tokens"), (prompt - 1) / 64 * 64);
+  EXPECT_LE(warm.at("recomputed_tokens").get<int>(), 64);
+  EXPECT_GT(warm.at("fetched_bytes").get<uint64_t>(), 0u);
+  EXPECT_GT(warm.at("ttft_ms").get<double>(), 0);
+  EXPECT_GT(warm.at("tpot_ms").get<double>(), 0);
+
+  for (Shard* shard : {&first, &second}) {
+    shard->program.Signal(SIGTERM);
+    EXPECT_EQ(shard->program.Wait(std::chrono::seconds(5)), 0);
+    EXPECT_THAT(shard->program.Errors(), HasSubstr("kvantd stats"));
+  }
+}
+
+TEST_F(GenerateProgram, WorksAlone) {
+  const ProgramResult result = RunProgram(
+      {KVANT_PATH, "generate", "--model", Model(), "--prompt", "abc", "--max-tokens", "5"});
+  EXPECT_EQ(result.exit, 0) << result.errors;
+  EXPECT_THAT(result.errors, HasSubstr("prompt tokens found in the cache"));
+  const json alone = Generate({});
+  EXPECT_EQ(alone.at("text"), Alone());
+  EXPECT_EQ(alone.at("hit_tokens"), 0);
+}
+
+TEST_F(GenerateProgram, AShardThatIsNotThereIsNamedAndDoneWithout) {
+  Shard there(KVANTD_PATH);
+  std::string gone;
+  { gone = Shard(KVANTD_PATH).address; }
+  Program generate(Command({"--cache", there.address + "," + gone}));
+  EXPECT_EQ(generate.Wait(std::chrono::seconds(60)), 0);
+  EXPECT_EQ(json::parse(generate.Out()).at("text"), Alone());
+  EXPECT_THAT(generate.Errors(), HasSubstr(gone));
+}
+
+TEST_F(GenerateProgram, AShardKilledInTheMiddleCostsRecomputationOnly) {
+  const std::string expected = Alone();
+  auto first = std::make_unique<Shard>(KVANTD_PATH);
+  Shard second(KVANTD_PATH);
+  const std::string victim = first->address;
+  const std::string cache = victim + "," + second.address;
+  EXPECT_EQ(Generate({"--cache", cache}).at("text"), expected);
+
+  // The plan is made when the lookup was answered, so the fetch begins when the shard dies.
+  Program generate(Command({"--cache", cache, "--tier-timeout", "4"}));
+  ASSERT_TRUE(generate.AwaitErrors("plan: fetch", std::chrono::seconds(30))) << generate.Errors();
+  first->program.Signal(SIGKILL);
+  EXPECT_EQ(generate.Wait(std::chrono::seconds(30)), 0) << generate.Errors();
+  const json answer = json::parse(generate.Out());
+  EXPECT_EQ(answer.at("text"), expected);
+  if (answer.at("recomputed_tokens").get<int>() > 64) {
+    EXPECT_THAT(generate.Errors(), HasSubstr("is recomputed"));
+  }
+  first.reset();
+
+  Shard restarted(KVANTD_PATH, victim);
+  ASSERT_EQ(restarted.address, victim);
+  EXPECT_EQ(Generate({"--cache", cache}).at("text"), expected) << "fills the empty shard";
+  const json full = Generate({"--cache", cache});
+  EXPECT_EQ(full.at("text"), expected);
+  EXPECT_LE(full.at("recomputed_tokens").get<int>(), 64) << "hits everything again";
+}
+
+TEST_F(GenerateProgram, AShardThatHangsIsGivenUpInTime) {
+  const std::string expected = Alone();
+  Shard first(KVANTD_PATH);
+  Shard second(KVANTD_PATH);
+  const std::string cache = first.address + "," + second.address;
+  EXPECT_EQ(Generate({"--cache", cache}).at("text"), expected);
+  first.program.Signal(SIGSTOP);
+  const TimePoint started = SteadyClock().Now();
+  Program generate(Command({"--cache", cache, "--tier-timeout", "1"}));
+  EXPECT_EQ(generate.Wait(std::chrono::seconds(40)), 0) << generate.Errors();
+  EXPECT_LT(SteadyClock().Now() - started, std::chrono::seconds(30));
+  EXPECT_EQ(json::parse(generate.Out()).at("text"), expected);
+  first.program.Signal(SIGCONT);
+}
+
+}  // namespace
+}  // namespace kvant

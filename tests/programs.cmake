@@ -1,0 +1,20 @@
+# Tests that run the programs as a user does.
+add_library(kvant_test_programs support/program.cc)
+target_link_libraries(kvant_test_programs PUBLIC kvant_test_nodes)
+
+# kvant_program_test(<name> TIMEOUT seconds LABELS ...): one that starts kvant, kvantd or mpirun.
+function(kvant_program_test name)
+  kvant_test(${name} LIBS kvant_test_programs ${ARGN})
+  add_dependencies(${name} kvant kvantd)
+  target_compile_definitions(${name} PRIVATE
+    KVANT_PATH="$<TARGET_FILE:kvant>"
+    KVANTD_PATH="$<TARGET_FILE:kvantd>"
+    MPIEXEC_PATH="${MPIEXEC_EXECUTABLE}")
+  set_tests_properties(${name} PROPERTIES RUN_SERIAL ON)
+endfunction()
+
+kvant_program_test(cli_errors_test LABELS unit TIMEOUT 300)
+kvant_program_test(generate_program_test LABELS unit TIMEOUT 300)
+if(KV_HAVE_MPI)
+  kvant_program_test(mpi_program_test LABELS mpi TIMEOUT 600)
+endif()
