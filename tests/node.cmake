@@ -13,11 +13,9 @@ kvant_test(decoder_test
   LIBS kvant_test_models
   LABELS unit property golden)
 
-# A node and what it is asked, for tests of the whole path and for scripts.
+# A node and what it is asked, for tests of the whole path.
 add_library(kvant_test_nodes support/node_world.cc support/random_requests.cc)
 target_link_libraries(kvant_test_nodes PUBLIC kvant_test_models GTest::gtest)
-add_executable(kvant-random-requests support/random_requests_main.cc)
-target_link_libraries(kvant-random-requests PRIVATE kvant_test_nodes CLI11::CLI11)
 
 kvant_test(scheduler_test LIBS kvant_test_nodes LABELS unit property TIMEOUT 600)
 kvant_test(requests_test LIBS kvant_test_nodes LABELS unit fuzz)

@@ -5,6 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -122,6 +123,134 @@ TEST_P(Equality, OverWiresThatFail) {
     // Seen by the node in what it fetched, or by the shard in what it was given.
     EXPECT_GT(world.node().tier()->stats().data_loss + world.shard().stats().data_loss, 0u);
   }
+}
+
+Request Ask(const std::string& name, int tokens, int max_tokens) {
+  Request request;
+  request.custom_id = name;
+  for (int i = 0; i < tokens; ++i) request.prompt_tokens.push_back('a' + i * i % 8);
+  request.max_tokens = max_tokens;
+  request.seed = 4;
+  return request;
+}
+
+NodeWorldOptions Cached() {
+  NodeWorldOptions options;
+  options.shard_bytes = kPlenty;
+  options.always_fetch = true;
+  return options;
+}
+
+TEST(Scheduler, WhatWasGeneratedIsFoundByTheNextTurn) {
+  NodeWorldOptions options = Cached();
+  options.store_all_answers = true;
+  NodeWorld world(options);
+  const Request first = Ask("first", 70, 80);
+  const std::vector<Answer> answered = world.Answer({first});
+  const std::vector<int32_t>& generated = answered.front().tokens;
+  ASSERT_GT(generated.size(), 60u) << "choose another seed";
+  EXPECT_EQ(world.shard().stats().store.sealed, (70 + generated.size()) / 64);
+
+  Request next = Ask("next", 70, 20);
+  next.prompt_tokens.insert(next.prompt_tokens.end(), generated.begin(), generated.end());
+  next.prompt_tokens.push_back('b');
+  const std::vector<Answer> continued = world.Answer({next});
+  EXPECT_EQ(continued.front().cached_tokens, static_cast<int>((70 + generated.size()) / 64 * 64));
+  EXPECT_EQ(TextsOf(continued), Reference("tile8", {next}));
+}
+
+TEST(Scheduler, TenantsFindOnlyWhatTheirDomainStored) {
+  NodeWorldOptions options = Cached();
+  options.node.domains = {"shared=acme,zeta"};
+  NodeWorld world(options);
+  const auto cached = [&](const std::string& tenant) {
+    Request request = Ask("ask", 200, 1);
+    request.tenant = tenant;
+    return world.Answer({request}).front().cached_tokens;
+  };
+  EXPECT_EQ(cached("omega"), 0);
+  EXPECT_EQ(cached("omega"), 192);
+  EXPECT_EQ(cached("acme"), 0);
+  EXPECT_EQ(cached("zeta"), 192);
+  EXPECT_EQ(cached("shared"), 0) << "a tenant with the name of a domain";
+  EXPECT_EQ(cached(""), 0);
+}
+
+// Names come from outside: no choice of them makes one tenant continue another's conversation.
+TEST(Scheduler, AConversationBelongsToItsTenant) {
+  NodeWorld world(Cached());
+  Request secret = Ask("secret", 100, 5);
+  secret.tenant = "a";
+  secret.conversation = std::string("b\0c", 3);
+  Request curious = Ask("curious", 10, 5);
+  curious.tenant = std::string("a\0b", 3);
+  curious.conversation = "c";
+  const std::vector<Answer> answers = world.Answer({secret, curious});
+  EXPECT_EQ(answers[0].prompt_tokens, 100);
+  EXPECT_EQ(answers[1].prompt_tokens, 10);
+}
+
+TEST(Scheduler, AFailedTurnEndsItsConversation) {
+  NodeWorld world(Cached());
+  std::vector<Request> turns = {Ask("one", 70, 5), Ask("two", support::kTinyContext, 5),
+                                Ask("three", 5, 5), Ask("alone", 5, 5)};
+  for (size_t i = 0; i < 3; ++i) turns[i].conversation = "talk";
+  const std::vector<Answer> answers = world.Answer(turns);
+  EXPECT_TRUE(answers[0].error.ok());
+  EXPECT_THAT(answers[1].error.message(), testing::HasSubstr("shorten the prompt"));
+  EXPECT_THAT(answers[2].error.message(), testing::HasSubstr("'two' failed"));
+  EXPECT_TRUE(answers[3].error.ok());
+}
+
+class Taught : public testing::Test {
+ protected:
+  Taught() : world_(NodeWorldOptions()) {
+    NodeRuntime& node = world_.node();
+    scheduler_ = std::make_unique<Scheduler>(&node.block_class(), &node.supply(), nullptr, nullptr,
+                                             &node.decoder(), &node.clock(), &node.domains(),
+                                             node.MakeSchedulerOptions());
+  }
+  Answer Run(const Request& request) {
+    scheduler_->Submit(request);
+    while (!scheduler_->idle()) scheduler_->Step();
+    return scheduler_->TakeAnswers().front();
+  }
+  NodeWorld world_;
+  std::unique_ptr<Scheduler> scheduler_;
+};
+
+TEST_F(Taught, ATeacherOfTheSameAnswerAgreesEverywhere) {
+  const Answer own = Run(Ask("own", 70, 40));
+  scheduler_->SetTeacher("taught", own.tokens);
+  const Answer taught = Run(Ask("taught", 70, 40));
+  EXPECT_EQ(taught.tokens, own.tokens);
+  EXPECT_EQ(scheduler_->stats().teacher_tokens, own.tokens.size());
+  EXPECT_EQ(scheduler_->stats().teacher_agreed, own.tokens.size());
+}
+
+TEST_F(Taught, ATeacherOfAnotherModelIsRefused) {
+  for (const std::vector<int32_t>& tokens :
+       {std::vector<int32_t>{}, std::vector<int32_t>{-1}, std::vector<int32_t>{300},
+        std::vector<int32_t>(static_cast<size_t>(support::kTinyContext), 'a')}) {
+    scheduler_->SetTeacher("taught", tokens);
+    const Answer answer = Run(Ask("taught", 5, 5));
+    EXPECT_EQ(answer.error.code(), StatusCode::kInvalidArgument);
+    EXPECT_THAT(answer.error.message(), testing::HasSubstr("another model"));
+  }
+}
+
+TEST_F(Taught, ListenersHearTheAnswerInPieces) {
+  std::string heard;
+  int pieces = 0;
+  scheduler_->SetListener([&](const std::string&, std::string_view text) {
+    heard += text;
+    ++pieces;
+  });
+  Request request = Ask("spoken", 70, 60);
+  request.stop = {"zzzz"};
+  const Answer answer = Run(request);
+  EXPECT_EQ(heard, answer.text);
+  EXPECT_GT(pieces, 5);
 }
 
 }  // namespace
