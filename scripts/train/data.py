@@ -1,5 +1,5 @@
-"""Batches: 60 % text, 15 % passkey, 15 % key-value, 10 % copy. A batch is a function of (seed, step) alone, so a resumed
-run sees what an unbroken one would have seen."""
+"""Batches of text, passkey, key-value and copy rows in given shares. A batch is a function of the seed, the step and its
+shape alone, so a resumed run sees what an unbroken one would have seen."""
 
 import pathlib
 import random
@@ -10,7 +10,7 @@ import tokenizers
 import corpus
 import recall
 
-KINDS, SHARES = ("text", "passkey", "key_value", "copy"), (0.60, 0.15, 0.15, 0.10)
+KINDS = ("text", "passkey", "key_value", "copy")
 
 
 class Data:
@@ -63,22 +63,22 @@ class Data:
                 return [self.end], [1.0]
 
     def copy(self, rng: random.Random, length: int) -> tuple[list[int], list[float]]:
-        """A span, text between, the span again. A third of the spans are shuffled: then only copying helps."""
+        """A span, text between, the span again. Half of the spans are shuffled: then only copying helps."""
         ids, weights = [], []
         while len(ids) < length:
             room = rng.randint(64, max(64, length))
             span = rng.randint(16, max(16, room // 2))
             at = rng.randrange(len(self.stream) - 2 * room)
             first, rest = self.stream[at:at + span].tolist(), self.stream[at + span:at + max(span + 8, room - span)].tolist()
-            shuffled = rng.random() < 0.33
+            shuffled = rng.random() < 0.5
             if shuffled:
                 rng.shuffle(first)
             ids += first + rest + first
             weights += [0.0 if shuffled else 1.0] * len(first) + [1.0] * len(rest) + [1.0] * 2 + [recall.ANSWER] * (len(first) - 2)
         return ids[:length], weights[:length]
 
-    def row(self, rng: random.Random, length: int) -> tuple[list[int], list[float]]:
-        kind = rng.choices(KINDS, SHARES)[0]
+    def row(self, rng: random.Random, length: int, shares) -> tuple[list[int], list[float]]:
+        kind = rng.choices(KINDS, shares)[0]
         if kind == "text":
             at = rng.randrange(len(self.stream) - length)
             return self.stream[at:at + length].tolist(), [1.0] * length
@@ -96,8 +96,8 @@ class Data:
             ids, weights = ids + more, weights + w
         return ids[:length], weights[:length]
 
-    def batch(self, step: int, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, step: int, rows: int, length: int, shares) -> tuple[np.ndarray, np.ndarray]:
         """ids [rows][length + 1], weights of the targets [rows][length]."""
-        made = [self.row(random.Random(f"{self.seed}/{step}/{r}"), length + 1) for r in range(rows)]
+        made = [self.row(random.Random(f"{self.seed}/{step}/{r}"), length + 1, shares) for r in range(rows)]
         return (np.array([ids for ids, _ in made], dtype=np.int64),
                 np.array([w for _, w in made], dtype=np.float32)[:, 1:])

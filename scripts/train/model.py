@@ -72,6 +72,17 @@ def causal_attention(q, k, v):
     return torch.cat(outs, 3).reshape(b, heads, t, -1)
 
 
+def initialize(model: nn.Module) -> None:
+    """Embeddings as large as what layers will add to them, so that the token stays visible in the residual stream (heads
+    that copy need it); the last norm's gain is small in return, since the embeddings are the output matrix too."""
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            nn.init.normal_(p, std=0.5 if "embed" in name else 0.03)
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.zeros_(p)
+    nn.init.constant_(model.model.norm.weight, 0.1)
+
+
 class LlamaAttention(nn.Module):
     def __init__(self, c: dict):
         super().__init__()
@@ -134,11 +145,7 @@ class Llama(nn.Module):
         cos, sin = rope_tables(config["max_position_embeddings"], config[self.ROPE_DIM], config["rope_theta"])
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=0.02)
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.zeros_(p)
+        initialize(self)
 
     def hidden(self, ids):
         x = self.model.embed_tokens(ids)
@@ -167,6 +174,7 @@ def export(model: nn.Module, out: pathlib.Path) -> None:
     tensors = {name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in model.named_parameters()}
     part = out / "model.safetensors.part"
     safetensors.torch.save_file(tensors, str(part), metadata={"format": "pt"})
+    part.chmod(0o644)
     part.replace(out / "model.safetensors")
 
 

@@ -128,7 +128,7 @@ def scatter(rng: random.Random, filler: str, stated: list[tuple[str, str, str]])
 
 def passkey(rng: random.Random, filler: str) -> list[tuple[str, float]]:
     """One fact asked for, at any depth; up to three others beside it."""
-    if rng.random() < 0.15:
+    if rng.random() < 0.25:
         v = value(rng, "passkey")
         places = [m.end() for m in SPOT.finditer(filler)] or [0]
         at = rng.choice(places)

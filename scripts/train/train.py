@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import pathlib
+import signal
 import time
 
 import torch
@@ -21,16 +22,20 @@ import tokenizers
 import data as data_module
 import model as model_module
 
-STAGES = ((0.0, 512), (0.42, 1024), (0.66, 2048))  # from this progress on, this length
+# From this progress on: length, and the shares of text, passkey, key-value and copy. Copying comes first, because the
+# heads that recall needs are learned from it soonest.
+STAGES = ((0.0, 256, (0.45, 0.10, 0.20, 0.25)), (0.3, 512, (0.60, 0.15, 0.15, 0.10)),
+          (0.6, 1024, (0.60, 0.15, 0.15, 0.10)), (0.8, 2048, (0.60, 0.15, 0.15, 0.10)))
 DECAY_FROM = 0.65
 BATCH_TOKENS = 8192
-WARMUP_STEPS = 60
+WARMUP_STEPS = 30
+RATES = (0.01, 0.01, 2e-3)  # matrices, embeddings, gains
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal (Jordan et al. 2024); matrices of one shape go through together."""
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.01):
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.3):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -64,8 +69,10 @@ def orthogonal(g: torch.Tensor) -> torch.Tensor:
 
 def optimizers(model):
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    return [Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    embeddings = [p for n, p in model.named_parameters() if "embed" in n]
+    gains = [p for p in model.parameters() if p.ndim != 2]
+    adam = dict(betas=(0.9, 0.98), weight_decay=0.0)
+    return [Muon(matrices), torch.optim.AdamW(embeddings, **adam), torch.optim.AdamW(gains, **adam)]
 
 
 def learning_rate(step: int, progress: float) -> float:
@@ -100,7 +107,7 @@ def main():
         saved = torch.load(checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
         for opt, s in zip(opts, saved["optimizers"]):
-            opt.load_state_dict(s)
+            opt.load_state_dict({**s, "param_groups": opt.state_dict()["param_groups"]})
         state = saved["state"]
     if args.export_only:
         return model_module.export(model, args.out)
@@ -125,19 +132,20 @@ def main():
     rows = csv.writer(curve)
     if curve.tell() == 0:
         rows.writerow(["step", "tokens", "minutes", "length", "learning_rate", "loss"])
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))  # save first, then end
     base, began, saved_at, losses = state["minutes"], time.monotonic(), time.monotonic(), []
-    rates = [g["lr"] for o in opts for g in o.param_groups] if state["step"] == 0 else [0.02, 4e-3]
 
     while True:
         state["minutes"] = base + (time.monotonic() - began) / 60
         progress = state["tokens"] / args.tokens if args.tokens else state["minutes"] / args.minutes
         if progress >= 1:
             break
-        length = [n for start, n in STAGES if progress >= start][-1]
-        ids, weights = data.batch(state["step"], BATCH_TOKENS // length, length)
+        _, length, shares = [stage for stage in STAGES if progress >= stage[0]][-1]
+        ids, weights = data.batch(state["step"], BATCH_TOKENS // length, length, shares)
         rate = learning_rate(state["step"], progress)
-        for group, r in zip((g for o in opts for g in o.param_groups), rates):
-            group["lr"] = r * rate
+        for opt, highest in zip(opts, RATES):
+            opt.param_groups[0]["lr"] = highest * rate
         with torch.autocast(device, dtype=torch.bfloat16):
             ids, weights = torch.from_numpy(ids).to(device), torch.from_numpy(weights).to(device)
             loss = loss_of(model, model.hidden(ids[:, :-1]), ids[:, 1:], weights)
@@ -158,6 +166,8 @@ def main():
         if time.monotonic() - saved_at > 120:
             save()
             saved_at = time.monotonic()
+        if stopped:
+            return save()
     save()
     model_module.export(model, args.out)
 
