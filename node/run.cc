@@ -82,10 +82,23 @@ Result<std::optional<std::vector<Answer>>> LoadAnswers(const std::string& path) 
   return ParseOptionalAnswers(text, path);
 }
 
+// The answers that those of the run are compared with, where given.
+struct References {
+  std::optional<std::vector<Answer>> same_codec;
+  std::optional<std::vector<Answer>> raw;
+};
+
+Result<References> LoadReferences(const RunOptions& options) {
+  References references;
+  KV_ASSIGN_OR_RETURN(references.same_codec, LoadAnswers(options.reference));
+  KV_ASSIGN_OR_RETURN(references.raw, LoadAnswers(options.raw_reference));
+  return references;
+}
+
 // Writes both files and prints the page. Returns the exit status.
 Result<int> Conclude(const RunOptions& options, const RunSetup& setup,
                      std::span<const Request> requests, std::vector<Answer> answers,
-                     std::span<const Json> ranks) {
+                     std::span<const Json> ranks, References references) {
   OrderAnswers(requests, &answers);
   std::string lines;
   const int64_t created = std::time(nullptr);
@@ -93,8 +106,8 @@ Result<int> Conclude(const RunOptions& options, const RunSetup& setup,
   if (!options.answers.empty()) KV_RETURN_IF_ERROR(WriteFile(options.answers, lines));
   Comparison comparison;
   comparison.answers = answers;
-  KV_ASSIGN_OR_RETURN(comparison.reference, LoadAnswers(options.reference));
-  KV_ASSIGN_OR_RETURN(comparison.raw_reference, LoadAnswers(options.raw_reference));
+  comparison.reference = std::move(references.same_codec);
+  comparison.raw_reference = std::move(references.raw);
   const Json report = MergeReport(setup, ranks, comparison);
   if (!options.report.empty()) {
     KV_RETURN_IF_ERROR(WriteFile(options.report, report.dump(2) + "\n"));
@@ -115,6 +128,8 @@ Result<int> RunAlone(const RunOptions& options) {
   KV_ASSIGN_OR_RETURN(const std::string text, ReadFile(options.requests));
   KV_ASSIGN_OR_RETURN(const std::vector<Request> requests, ParseRequests(text, options.requests));
   KV_ASSIGN_OR_RETURN(const auto teachers, LoadAnswers(options.teacher));
+  // Read before the work, so that a mistyped name costs nothing.
+  KV_ASSIGN_OR_RETURN(References references, LoadReferences(options));
   KV_ASSIGN_OR_RETURN(
       const std::unique_ptr<TierSession> session,
       TierSession::Open(options.node, options.cache, options.no_cache, options.cache_memory_bytes));
@@ -149,7 +164,7 @@ Result<int> RunAlone(const RunOptions& options) {
     ranks.front()["store"] =
         CacheRankReport(0, "localhost", session->embedded()->stats(), {}, {}).at("store");
   }
-  return Conclude(options, setup, requests, std::move(answers), ranks);
+  return Conclude(options, setup, requests, std::move(answers), ranks, std::move(references));
 }
 
 // One rank of an MPI job.
@@ -168,6 +183,9 @@ Result<int> RunRank(const RunOptions& options, MpiJob& job) {
   KV_ASSIGN_OR_RETURN(const std::string teacher_text,
                       job.ShareResult([&] { return ReadOptionalFile(options.teacher); }));
   KV_ASSIGN_OR_RETURN(const auto teachers, ParseOptionalAnswers(teacher_text, options.teacher));
+  Result<References> references = References();
+  if (job.rank() == 0) references = LoadReferences(options);
+  KV_RETURN_IF_ERROR(job.AgreeOn(references.status()));
 
   NodeOptions node_options = options.node;
   // Ranks share the cores.
@@ -262,7 +280,7 @@ Result<int> RunRank(const RunOptions& options, MpiJob& job) {
     KV_ASSIGN_OR_RETURN(std::vector<Answer> parsed, ParseAnswers(part, "answers of a rank"));
     for (Answer& answer : parsed) all.push_back(std::move(answer));
   }
-  return Conclude(options, setup, requests, std::move(all), ranks);
+  return Conclude(options, setup, requests, std::move(all), ranks, *std::move(references));
 }
 
 }  // namespace

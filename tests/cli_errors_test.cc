@@ -126,8 +126,12 @@ TEST_F(CliErrors, OfPromptsAndRequests) {
             "{\"prompt\": \"x\", \"max_tokens\": 1}}\n");
   Expect({"run", "--model", model, "--requests", good, "--roles", "cache=1,decode=1"}, 2,
          {"mpirun"});
-  Expect({"run", "--model", model, "--requests", good, "--reference", "/nowhere/reference"}, 2,
-         {"/nowhere/reference"});
+  // Before anything is computed.
+  const ProgramResult early = RunProgram({KVANT_PATH, "run", "--model", model, "--requests", good,
+                                          "--reference", "/nowhere/reference"});
+  EXPECT_EQ(early.exit, 2);
+  EXPECT_THAT(early.errors,
+              testing::AllOf(HasSubstr("/nowhere/reference"), testing::Not(HasSubstr("answered"))));
   Expect({"run", "--model", model, "--requests", good, "--answers", "/nowhere/answers"}, 2,
          {"/nowhere/answers"});
   const std::string chat =
