@@ -150,10 +150,25 @@ void BlockSupply::DropFailed(SupplyJob* job) {
     }
     spdlog::warn("block {} (tokens {} to {}) is recomputed: {}", block->key.ShortHex(),
                  i * kBlockTokens, (i + 1) * kBlockTokens, block->failed.ToString());
+    const bool late = block->failed.code() == StatusCode::kDeadlineExceeded;
     job->blocks[i] = nullptr;
     job->place[i] = Place::kCompute;
     ++job->recomputed;
+    if (late) GiveUpShard(job, tier_->map().Owner(RunOf(job->keys, i)));
   }
+}
+
+void BlockSupply::GiveUpShard(SupplyJob* job, size_t shard) {
+  size_t given_up = 0;
+  for (size_t i = 0; i < job->place.size(); ++i) {
+    if (job->place[i] != Place::kTier || tier_->map().Owner(RunOf(job->keys, i)) != shard) continue;
+    job->place[i] = Place::kCompute;
+    ++given_up;
+  }
+  job->recomputed += given_up;
+  if (given_up == 0) return;
+  spdlog::warn("{} more blocks are recomputed: their shard {} was late", given_up,
+               tier_->map().shards()[shard].address);
 }
 
 void BlockSupply::RaiseCuts(SupplyJob* job) {

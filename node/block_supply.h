@@ -125,6 +125,9 @@ class BlockSupply {
   void PlanSources(const SupplyJobPtr& job);
   void AskPeer(const SupplyJobPtr& job, std::span<const size_t> missing);
   void DropFailed(SupplyJob* job);
+  // Computes what was still to be fetched from a shard that missed its deadline: each further fetch
+  // might miss it too, one behind the other.
+  void GiveUpShard(SupplyJob* job, size_t shard);
   void RaiseCuts(SupplyJob* job);
   void StartFetches(const SupplyJobPtr& job);
   bool TakeIfHere(SupplyJob* job, size_t block);
