@@ -29,6 +29,8 @@ class MpiJob {
 
   int rank() const { return session_->rank(); }
   std::string host() const { return session_->host(); }
+  // Collective.
+  void Barrier() { session_->Barrier(); }
 
   // The plan of `roles`; empty: half of the ranks cache, the rest prefill and decode.
   Result<RolePlan> AgreeOnRoles(const std::string& roles);

@@ -297,9 +297,15 @@ Result<int> RunRequests(const RunOptions& options, int* argc, char*** argv) {
   }
   KV_ASSIGN_OR_RETURN(const std::unique_ptr<MpiJob> job, MpiJob::Create(argc, argv));
   const Result<int> result = RunRank(options, *job);
-  // What went wrong is said once, by the first rank.
-  if (!result.ok() && job->rank() != 0) return 2;
-  return result;
+  // What went wrong is said once, by the first rank, and before any rank leaves: mpirun ends the
+  // others as soon as one has failed.
+  if (!result.ok() && job->rank() == 0) {
+    std::fprintf(stderr, "kvant: %s\n", result.status().message().c_str());
+    std::fflush(stderr);
+  }
+  job->Barrier();
+  if (result.ok()) return result;
+  return result.status().code() == StatusCode::kInvalidArgument ? 2 : 1;
 }
 
 }  // namespace kvant::node

@@ -26,7 +26,8 @@ struct RunOptions {
 };
 
 // Answers the file. Returns the exit status: 0, or 1 if requests failed. Errors: as every part
-// says. argc, argv: for MPI.
+// says; under MPI the first rank has printed them, and their exit status is returned.
+// argc, argv: for MPI.
 Result<int> RunRequests(const RunOptions& options, int* argc, char*** argv);
 
 }  // namespace kvant::node
