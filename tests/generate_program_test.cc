@@ -22,6 +22,7 @@ using support::Program;
 using support::ProgramResult;
 using support::RunProgram;
 using support::Shard;
+using testing::AllOf;
 using testing::HasSubstr;
 
 class GenerateProgram : public testing::Test {
@@ -34,8 +35,10 @@ class GenerateProgram : public testing::Test {
     options.config.layers = 4;
     options.config.hidden = 256;
     options.config.intermediate = 768;
+    options.config.kv_heads = 4;
+    options.config.head_dim = 64;
     ASSERT_TRUE(support::WriteRandomModel(Model(), options).ok());
-    for (int i = 0; prompt_.size() < 1400; ++i) prompt_ += static_cast<char>('a' + i * i % 23 % 8);
+    for (int i = 0; prompt_.size() < 2000; ++i) prompt_ += static_cast<char>('a' + i * i % 23 % 8);
   }
   static void TearDownTestSuite() { directory_.reset(); }
   static std::string Model() { return directory_->path() / "model"; }
@@ -83,7 +86,7 @@ TEST_F(GenerateProgram, TheSecondRunFindsThePrefixOnTwoShards) {
 
   for (Shard* shard : {&first, &second}) {
     shard->program.Signal(SIGTERM);
-    EXPECT_EQ(shard->program.Wait(std::chrono::seconds(5)), 0);
+    EXPECT_EQ(shard->program.Wait(std::chrono::seconds(60)), 0);
     EXPECT_THAT(shard->program.Errors(), HasSubstr("kvantd stats"));
   }
 }
@@ -103,37 +106,48 @@ TEST_F(GenerateProgram, AShardThatIsNotThereIsNamedAndDoneWithout) {
   std::string gone;
   { gone = Shard(KVANTD_PATH).address; }
   Program generate(Command({"--cache", there.address + "," + gone}));
-  EXPECT_EQ(generate.Wait(std::chrono::seconds(60)), 0);
+  EXPECT_EQ(generate.Wait(std::chrono::seconds(120)), 0);
   EXPECT_EQ(json::parse(generate.Out()).at("text"), Alone());
   EXPECT_THAT(generate.Errors(), HasSubstr(gone));
 }
 
+// Tried until a shard died between the plan and its last byte: all fetches take some 10 ms, and one
+// of the two shards may hold nothing.
 TEST_F(GenerateProgram, AShardKilledInTheMiddleCostsRecomputationOnly) {
-  const std::string expected = Alone();
-  auto first = std::make_unique<Shard>(KVANTD_PATH);
-  Shard second(KVANTD_PATH);
-  const std::string victim = first->address;
-  const std::string cache = victim + "," + second.address;
-  EXPECT_EQ(Generate({"--cache", cache}).at("text"), expected);
+  const std::string expected = Generate({"--codec", "raw", "--no-cache"}).at("text");
+  std::unique_ptr<Shard> shards[] = {std::make_unique<Shard>(KVANTD_PATH),
+                                     std::make_unique<Shard>(KVANTD_PATH)};
+  const std::vector<std::string> cached = {"--codec", "raw", "--cache",
+                                           shards[0]->address + "," + shards[1]->address};
+  EXPECT_EQ(Generate(cached).at("text"), expected);
+  bool in_the_middle = false;
+  for (size_t attempt = 0; attempt < 10 && !in_the_middle; ++attempt) {
+    std::unique_ptr<Shard>& victim = shards[attempt % 2];
+    const std::string address = victim->address;
+    // The smallest arena, so that there are many fetches one behind the other.
+    std::vector<std::string> command = Command(cached);
+    command.insert(command.end(), {"--tier-timeout", "4", "--arena", "1"});
+    Program generate(command);
+    ASSERT_TRUE(generate.AwaitErrors("plan: fetch", std::chrono::seconds(120)))
+        << generate.Errors();
+    victim->program.Signal(SIGKILL);
+    ASSERT_EQ(generate.Wait(std::chrono::seconds(120)), 0) << generate.Errors();
+    const json answer = json::parse(generate.Out());
+    EXPECT_EQ(answer.at("text"), expected);
+    in_the_middle = answer.at("recomputed_tokens").get<int>() > 64;
+    if (in_the_middle) {
+      EXPECT_THAT(generate.Errors(), AllOf(HasSubstr("is recomputed"), HasSubstr(address)));
+    }
 
-  // The plan is made when the lookup was answered, so the fetch begins when the shard dies.
-  Program generate(Command({"--cache", cache, "--tier-timeout", "4"}));
-  ASSERT_TRUE(generate.AwaitErrors("plan: fetch", std::chrono::seconds(30))) << generate.Errors();
-  first->program.Signal(SIGKILL);
-  EXPECT_EQ(generate.Wait(std::chrono::seconds(30)), 0) << generate.Errors();
-  const json answer = json::parse(generate.Out());
-  EXPECT_EQ(answer.at("text"), expected);
-  if (answer.at("recomputed_tokens").get<int>() > 64) {
-    EXPECT_THAT(generate.Errors(), HasSubstr("is recomputed"));
+    victim.reset();
+    victim = std::make_unique<Shard>(KVANTD_PATH, address);
+    ASSERT_EQ(victim->address, address);
+    EXPECT_EQ(Generate(cached).at("text"), expected) << "fills the empty shard";
+    const json full = Generate(cached);
+    EXPECT_EQ(full.at("text"), expected);
+    EXPECT_LE(full.at("recomputed_tokens").get<int>(), 64) << "hits everything again";
   }
-  first.reset();
-
-  Shard restarted(KVANTD_PATH, victim);
-  ASSERT_EQ(restarted.address, victim);
-  EXPECT_EQ(Generate({"--cache", cache}).at("text"), expected) << "fills the empty shard";
-  const json full = Generate({"--cache", cache});
-  EXPECT_EQ(full.at("text"), expected);
-  EXPECT_LE(full.at("recomputed_tokens").get<int>(), 64) << "hits everything again";
+  EXPECT_TRUE(in_the_middle);
 }
 
 TEST_F(GenerateProgram, AShardThatHangsIsGivenUpInTime) {
@@ -143,10 +157,8 @@ TEST_F(GenerateProgram, AShardThatHangsIsGivenUpInTime) {
   const std::string cache = first.address + "," + second.address;
   EXPECT_EQ(Generate({"--cache", cache}).at("text"), expected);
   first.program.Signal(SIGSTOP);
-  const TimePoint started = SteadyClock().Now();
   Program generate(Command({"--cache", cache, "--tier-timeout", "1"}));
-  EXPECT_EQ(generate.Wait(std::chrono::seconds(40)), 0) << generate.Errors();
-  EXPECT_LT(SteadyClock().Now() - started, std::chrono::seconds(30));
+  EXPECT_EQ(generate.Wait(std::chrono::seconds(60)), 0) << generate.Errors();
   EXPECT_EQ(json::parse(generate.Out()).at("text"), expected);
   first.program.Signal(SIGCONT);
 }

@@ -14,7 +14,7 @@ function(kvant_program_test name)
 endfunction()
 
 kvant_program_test(cli_errors_test LABELS unit TIMEOUT 300)
-kvant_program_test(generate_program_test LABELS unit TIMEOUT 300)
+kvant_program_test(generate_program_test LABELS unit TIMEOUT 600)
 if(KV_HAVE_MPI)
   kvant_program_test(mpi_program_test LABELS mpi TIMEOUT 600)
 endif()

@@ -16,7 +16,7 @@
 namespace kvant::support {
 namespace {
 
-constexpr Duration kPause = std::chrono::milliseconds(5);
+constexpr Duration kPause = std::chrono::milliseconds(1);
 
 std::string Slurp(const std::string& path) {
   std::ifstream file(path, std::ios::binary);

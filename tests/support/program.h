@@ -47,7 +47,7 @@ struct ProgramResult {
 };
 // Runs a program to its end; exit is -1 if that takes more than `at_most`.
 ProgramResult RunProgram(const std::vector<std::string>& command,
-                         Duration at_most = std::chrono::seconds(60));
+                         Duration at_most = std::chrono::seconds(120));
 
 // kvantd on a free port of this host, ready. Empty address: it did not start.
 struct Shard {
