@@ -24,7 +24,6 @@ SupplyJobPtr BlockSupply::Start(SupplyNeed need) {
       block_class_->Keys(std::span(need.tokens).first(need.blocks * kBlockTokens), need.domain);
   job->blocks.resize(need.blocks);
   job->place.assign(need.blocks, Place::kUnknown);
-  job->computed.assign(need.blocks, 0);
   job->patience.assign(need.blocks, 0);
   job->read_cuts = need.wire == Wire::kAuto ? block_class_->CutsOf(Wire::kK4V4)
                                             : block_class_->CutsOf(need.wire);
@@ -341,8 +340,6 @@ Status BlockSupply::ComputeNext(const SupplyJobPtr& job) {
   cache_->Insert(block);
   job->blocks[index] = std::move(block);
   job->place[index] = Place::kHere;
-  job->computed[index] = 1;
-  ++job->computed_blocks;
   ++stats_.computed_blocks;
   if (!job->plan.fetch &&
       std::find(job->place.begin(), job->place.end(), Place::kCompute) == job->place.end()) {

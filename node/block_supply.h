@@ -58,7 +58,6 @@ struct SupplyJob {
   std::vector<BlockKey> keys;          // [blocks]
   std::vector<CachedBlockPtr> blocks;  // [blocks]
   std::vector<Place> place;            // [blocks]
-  std::vector<uint8_t> computed;       // [blocks] here, by this job
   // [blocks] fetches left of a block that a peer announced: somebody else may still be writing it.
   std::vector<uint8_t> patience;
   TimePoint fetch_again_at{};  // not before then
@@ -71,10 +70,9 @@ struct SupplyJob {
   Plan plan;
   TimePoint plan_started{};
   bool plan_open = false;
-  size_t local_hits = 0;       // blocks
-  size_t tier_hits = 0;        // blocks that the tier had and that were to be fetched
-  size_t recomputed = 0;       // blocks that were to be had elsewhere, but failed
-  size_t computed_blocks = 0;  // here
+  size_t local_hits = 0;  // blocks
+  size_t tier_hits = 0;   // blocks that the tier had and that were to be fetched
+  size_t recomputed = 0;  // blocks that were to be had elsewhere, but failed
   std::vector<LookupBlock> found;
 
   Cuts CutsOf(size_t block, const Cuts& full) const {
@@ -87,8 +85,7 @@ struct SupplyStats {
   uint64_t local_hit_blocks = 0;
   uint64_t tier_hit_blocks = 0;
   uint64_t computed_blocks = 0;
-  uint64_t recomputed_blocks = 0;  // of the computed ones: could have been fetched, but failed
-  uint64_t asked_blocks = 0;       // of prefill peers
+  uint64_t asked_blocks = 0;  // of prefill peers
 };
 
 // Single-owner; borrows everything.
