@@ -112,7 +112,7 @@ TEST_P(Cut, IsAByteRangeOfWhatIsStored) {
   WatchedShard shard;
   WatchedShard::Node writer = shard.Connect(GetParam(), uint64_t{8} << 20);
   const SupplyJobPtr written = Supply(*writer.node, Wire::kFull);
-  EXPECT_EQ(written->computed_blocks, kBlocks);
+  EXPECT_EQ(writer.node->supply().stats().computed_blocks, kBlocks);
   std::vector<const std::byte*> places;
   for (const CachedBlockPtr& block : written->blocks) {
     places.push_back(shard.Find(block->bytes));
@@ -126,7 +126,7 @@ TEST_P(Cut, IsAByteRangeOfWhatIsStored) {
     const Cuts cuts = blocks.CutsOf(wire);
     const uint64_t served = shard.stats().payload_bytes_served;
     const SupplyJobPtr read = Supply(*reader.node, wire);
-    EXPECT_EQ(read->computed_blocks, 0u);
+    EXPECT_EQ(reader.node->supply().stats().computed_blocks, 0u);
     for (size_t i = 0; i < kBlocks; ++i) {
       const std::vector<std::byte>& whole = written->blocks[i]->bytes;
       ASSERT_EQ(read->blocks[i]->bytes.size(), blocks.BytesOf(cuts));
@@ -169,12 +169,12 @@ TEST(Wires, AutoRaisesWhatIsInMemory) {
   const SupplyJobPtr written = Supply(*writer.node, Wire::kFull);
   WatchedShard::Node reader = shard.Connect("tile8", uint64_t{8} << 20);
   const SupplyJobPtr low = Supply(*reader.node, Wire::kK4V4, 2);
-  EXPECT_EQ(low->computed_blocks, 0u);
+  EXPECT_EQ(reader.node->supply().stats().computed_blocks, 0u);
   // Two blocks are in memory at few bits; the link is fast enough for all.
   const SupplyJobPtr high = Supply(*reader.node, Wire::kAuto);
   EXPECT_EQ(high->local_hits, 2u);
   EXPECT_EQ(high->read_cuts, reader.node->block_class().FullCuts());
-  EXPECT_EQ(high->computed_blocks, 0u);
+  EXPECT_EQ(reader.node->supply().stats().computed_blocks, 0u);
   for (size_t i = 0; i < kBlocks; ++i) {
     EXPECT_EQ(high->blocks[i]->bytes, written->blocks[i]->bytes);
   }
