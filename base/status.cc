@@ -28,6 +28,13 @@ std::string_view StatusCodeName(StatusCode code) {
   return "UNKNOWN";
 }
 
+StatusCode StatusCodeOfName(std::string_view name) {
+  for (int code = 0; code <= static_cast<int>(StatusCode::kCancelled); ++code) {
+    if (StatusCodeName(static_cast<StatusCode>(code)) == name) return static_cast<StatusCode>(code);
+  }
+  return StatusCode::kInvalidArgument;
+}
+
 std::string Status::ToString() const {
   if (ok()) return "OK";
   return fmt::format("{}: {}", StatusCodeName(code_), message_);

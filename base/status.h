@@ -28,6 +28,8 @@ enum class StatusCode : unsigned char {
 
 // Returns the code's name, e.g. "DATA_LOSS".
 std::string_view StatusCodeName(StatusCode code);
+// The reverse; kInvalidArgument for a name that no code has.
+StatusCode StatusCodeOfName(std::string_view name);
 
 // A code and a message that says what was being done, to whom, and what to do about it.
 // Immutable value; an ok Status holds no message and costs no allocation.

@@ -17,6 +17,7 @@ namespace kvant::node {
 namespace {
 
 constexpr int kBadUsage = 2;
+constexpr int kMaxThreads = 256;
 
 // Prints an error where people look for it. Returns the exit status.
 int Explain(const Status& status) {
@@ -32,9 +33,9 @@ void AddBytes(CLI::App* command, const std::string& flag, uint64_t* bytes,
   command
       ->add_option_function<std::string>(
           flag,
-          [bytes](const std::string& text) {
+          [flag, bytes](const std::string& text) {
             const Result<uint64_t> parsed = ParseBytes(text);
-            if (!parsed.ok()) throw CLI::ValidationError(parsed.status().message());
+            if (!parsed.ok()) throw CLI::ValidationError(flag, parsed.status().message());
             *bytes = *parsed;
           },
           help)
@@ -43,7 +44,9 @@ void AddBytes(CLI::App* command, const std::string& flag, uint64_t* bytes,
 
 void AddNodeOptions(CLI::App* command, NodeOptions* node) {
   command->add_option("--model", node->model, "Hugging Face model directory")->required();
-  command->add_option("--codec", node->codec, "What is stored and attended: raw, tile8, tile4")
+  command
+      ->add_option("--codec", node->codec,
+                   "What is stored and attended: raw, raw-fp16, raw-fp32, tile8, tile4")
       ->capture_default_str();
   command
       ->add_option("--wire", node->wire,
@@ -53,8 +56,10 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
                       "DOMAIN=tenant,tenant,...: tenants that share blocks (default: each alone)");
   command->add_option("--secret-file", node->secret_file,
                       "Cluster secret: without it nobody can name a block");
-  command->add_option("--threads", node->threads,
-                      "Compute threads (default: one a core; one under mpirun)");
+  command
+      ->add_option("--threads", node->threads,
+                   "Compute threads (default 0: one a core; one under mpirun)")
+      ->check(CLI::Range(0, kMaxThreads));
   command->add_option("--max-batch", node->max_batch, "Sequences under way at once")
       ->check(CLI::Range(1, kMaxDecodeRows))
       ->capture_default_str();
@@ -85,6 +90,7 @@ int Main(int argc, char** argv) {
       "  mpirun -np 4 kvant run --roles cache=2,prefill=1,decode=1 --model models/gqa-5m \\\n"
       "      --requests examples/requests.jsonl --answers out.jsonl --report report.json"};
   app.require_subcommand(1);
+  app.set_version_flag("--version", KVANT_VERSION);
   std::string log_level = "warn";
   app.add_option("--log-level", log_level, "trace, debug, info, warn, error, off")
       ->check(CLI::IsMember({"trace", "debug", "info", "warn", "error", "off"}))
@@ -103,7 +109,8 @@ int Main(int argc, char** argv) {
   run_command->add_option("--transport", run.transport, "Between ranks: mpi, tcp or auto")
       ->capture_default_str();
   run_command->add_option("--cache", run.cache,
-                          "kvantd shards: tcp://HOST:PORT,tcp://HOST:PORT,...");
+                          "kvantd shards: tcp://HOST:PORT,... (default: in this process, or the "
+                          "cache ranks under mpirun)");
   run_command->add_flag("--no-cache", run.no_cache, "Compute every prompt whole");
   AddBytes(run_command, "--cache-memory", &run.cache_memory_bytes,
            "Of each shard that this run hosts (default 512MiB)");
@@ -125,7 +132,7 @@ int Main(int argc, char** argv) {
   generate_command->add_option("--prompt-file", prompt_file, "File with the text")
       ->excludes(prompt);
   generate_command->add_option("--max-tokens", generate.request.max_tokens, "Tokens at most")
-      ->check(CLI::PositiveNumber)
+      ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
   generate_command
       ->add_option("--temperature", generate.request.temperature, "0 takes the most likely token")

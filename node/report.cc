@@ -212,6 +212,7 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
       {"local_hit_tokens", Sum(ranks, "scheduler", "local_hit_tokens")},
       {"tier_hit_tokens", Sum(ranks, "scheduler", "tier_hit_tokens")},
       {"generated_tokens", generated},
+      {"asked_tokens", Sum(ranks, "supply", "asked_blocks") * kBlockTokens},
       {"prefill_tokens_computed", Sum(ranks, "supply", "computed_blocks") * kBlockTokens +
                                       Sum(ranks, "scheduler", "tail_tokens")},
       {"recomputed_after_failure_tokens",
@@ -282,7 +283,11 @@ Result<std::string> FormatReport(const Json& report, const Json* without_cache) 
                                             share(number("local_hit_tokens"))));
     line("  found in the tier", fmt::format("{:.0f} ({:.1f} %)", number("tier_hit_tokens"),
                                             share(number("tier_hit_tokens"))));
-    line("  computed", fmt::format("{:.0f}", number("prefill_tokens_computed")));
+    if (number("asked_tokens") > 0) {
+      line("  from prefill ranks",
+           fmt::format("{:.0f} ({:.1f} %)", number("asked_tokens"), share(number("asked_tokens"))));
+    }
+    line("computed in prefill", fmt::format("{:.0f}", number("prefill_tokens_computed")));
     line("generated tokens",
          fmt::format("{:.0f} in {:.1f} s", number("generated_tokens"), number("wall_s")));
     line("time to first token",

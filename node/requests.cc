@@ -199,7 +199,10 @@ Status ForEachLine(std::string_view text, std::string_view file_name, const Take
     try {
       json = Json::parse(line);
     } catch (const Json::parse_error& error) {
-      return InvalidArgument("{}, line {}: not JSON: {}", place.file, place.line, error.what());
+      // The library counts lines inside this one; its words behind the place are of use.
+      const std::string_view what = error.what();
+      return InvalidArgument("{}, line {}: not JSON at character {}{}", place.file, place.line,
+                             error.byte, what.substr(std::min(what.find(": "), what.size())));
     }
     KV_RETURN_IF_ERROR(take(json, place));
   }
@@ -275,7 +278,8 @@ Result<std::vector<Answer>> ParseAnswers(std::string_view text, std::string_view
     try {
       answer.custom_id = line.at("custom_id").get<std::string>();
       if (!line.at("error").is_null()) {
-        answer.error = InvalidArgument("{}", line["error"].at("message").get<std::string>());
+        answer.error = Status(StatusCodeOfName(line["error"].at("code").get<std::string>()),
+                              line["error"].at("message").get<std::string>());
         answer.finish = FinishReason::kError;
       } else {
         const Json& body = line.at("response").at("body");
@@ -317,6 +321,13 @@ Result<std::string> ReadFile(const std::string& path) {
   text << file.rdbuf();
   if (file.bad()) return InvalidArgument("cannot read '{}': {}", path, std::strerror(errno));
   return std::move(text).str();
+}
+
+Status CheckWritable(const std::string& path) {
+  if (path.empty()) return OkStatus();
+  const std::ofstream file(path, std::ios::binary | std::ios::app);
+  if (!file) return InvalidArgument("cannot write '{}': {}", path, std::strerror(errno));
+  return OkStatus();
 }
 
 Status WriteFile(const std::string& path, std::string_view text) {

@@ -58,5 +58,7 @@ Result<std::vector<Answer>> ParseAnswers(std::string_view text, std::string_view
 // Whole files. kInvalidArgument: cannot be read, or written (names the path and the reason).
 Result<std::string> ReadFile(const std::string& path);
 Status WriteFile(const std::string& path, std::string_view text);
+// Whether WriteFile could write there; leaves what is there as it is. An empty path is fine.
+Status CheckWritable(const std::string& path);
 
 }  // namespace kvant::node

@@ -88,7 +88,10 @@ struct References {
   std::optional<std::vector<Answer>> raw;
 };
 
+// Everything about files that can go wrong before the work: a mistyped name then costs nothing.
 Result<References> LoadReferences(const RunOptions& options) {
+  KV_RETURN_IF_ERROR(CheckWritable(options.answers));
+  KV_RETURN_IF_ERROR(CheckWritable(options.report));
   References references;
   KV_ASSIGN_OR_RETURN(references.same_codec, LoadAnswers(options.reference));
   KV_ASSIGN_OR_RETURN(references.raw, LoadAnswers(options.raw_reference));
@@ -128,14 +131,16 @@ Result<int> RunAlone(const RunOptions& options) {
   KV_ASSIGN_OR_RETURN(const std::string text, ReadFile(options.requests));
   KV_ASSIGN_OR_RETURN(const std::vector<Request> requests, ParseRequests(text, options.requests));
   KV_ASSIGN_OR_RETURN(const auto teachers, LoadAnswers(options.teacher));
-  // Read before the work, so that a mistyped name costs nothing.
   KV_ASSIGN_OR_RETURN(References references, LoadReferences(options));
   KV_ASSIGN_OR_RETURN(
       const std::unique_ptr<TierSession> session,
       TierSession::Open(options.node, options.cache, options.no_cache, options.cache_memory_bytes));
   NodeRuntime& node = session->node();
+  SchedulerOptions scheduling = node.MakeSchedulerOptions();
+  // Without a cache there is nowhere to keep what was generated.
+  scheduling.store_answers = !options.no_cache;
   Scheduler scheduler(&node.block_class(), &node.supply(), node.tier(), nullptr, &node.decoder(),
-                      &node.clock(), &node.domains(), node.MakeSchedulerOptions());
+                      &node.clock(), &node.domains(), scheduling);
   SetTeachers(teachers, &scheduler);
   for (const Request& request : requests) scheduler.Submit(request);
 

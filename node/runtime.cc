@@ -93,6 +93,10 @@ void NodeRuntime::Drain() {
   while (!tier_->idle() && clock().Now() < deadline) {
     if (!tier_->Poll()) tier_->Wait(std::chrono::milliseconds(1));
   }
+  if (tier_->stats().put_failed != 0) {
+    spdlog::warn("{} blocks could not be stored in the tier; whoever needs them computes them",
+                 tier_->stats().put_failed);
+  }
 }
 
 SchedulerOptions NodeRuntime::MakeSchedulerOptions() const {

@@ -156,21 +156,21 @@ Status Scheduler::Prepare(Sequence* sequence) {
   } else {
     for (const int32_t token : request.prompt_tokens) {
       if (token >= model.config().vocab) {
-        return InvalidArgument("request '{}': token {} is outside the vocabulary of {} tokens",
-                               request.custom_id, token, model.config().vocab);
+        return InvalidArgument("token {} is outside the vocabulary of {} tokens", token,
+                               model.config().vocab);
       }
       sequence->tokens.push_back(token);
     }
   }
   const size_t context = static_cast<size_t>(model.config().max_positions);
   if (sequence->tokens.empty()) {
-    return InvalidArgument("request '{}': the prompt is empty", request.custom_id);
+    return InvalidArgument("the prompt is empty");
   }
   if (sequence->tokens.size() >= context) {
     return InvalidArgument(
-        "request '{}': the prompt has {} tokens, and the model's context of {} must hold one more;"
+        "the prompt has {} tokens, and the model's context of {} must hold one more;"
         " shorten the prompt",
-        request.custom_id, sequence->tokens.size(), context);
+        sequence->tokens.size(), context);
   }
   sequence->prompt_tokens = sequence->tokens.size();
   sequence->generate_at_most =
