@@ -70,9 +70,9 @@ struct SupplyJob {
   Plan plan;
   TimePoint plan_started{};
   bool plan_open = false;
-  size_t local_hits = 0;       // blocks
-  size_t tier_hits = 0;        // blocks that the tier had and that were to be fetched
-  size_t recomputed = 0;       // blocks that were to be had elsewhere, but failed
+  size_t local_hits = 0;  // blocks
+  size_t tier_hits = 0;   // blocks that the tier had and that were to be fetched
+  size_t recomputed = 0;  // blocks that were to be had elsewhere, but failed
   std::vector<LookupBlock> found;
 
   Cuts CutsOf(size_t block, const Cuts& full) const {
