@@ -114,10 +114,4 @@ std::vector<int> RolePlan::RanksOf(Role role) const {
   return result;
 }
 
-Result<ShardMap> RolePlan::CacheShards() const {
-  std::vector<Shard> shards;
-  for (const int rank : RanksOf(Role::kCache)) shards.push_back({fmt::format("mpi:{}", rank)});
-  return ShardMap::Make(kStaticEpoch, std::move(shards));
-}
-
 }  // namespace kvant

@@ -37,8 +37,6 @@ class RolePlan {
   Role RoleOf(int rank) const;
   // Ranks of this role in increasing order.
   std::vector<int> RanksOf(Role role) const;
-  // The cache ranks as shards "mpi:<rank>". kInvalidArgument when the plan has no cache rank.
-  Result<ShardMap> CacheShards() const;
 
  private:
   explicit RolePlan(std::array<int, kRoleCount> counts) : counts_(counts) {}

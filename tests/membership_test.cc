@@ -33,16 +33,12 @@ TEST(RolePlan, GivesRanksTheirRolesInOrder) {
   EXPECT_EQ(plan->RoleOf(2), Role::kPrefill);
   EXPECT_EQ(plan->RoleOf(3), Role::kDecode);
   EXPECT_EQ(plan->RanksOf(Role::kCache), (std::vector<int>{0, 1}));
-  const Result<ShardMap> shards = plan->CacheShards();
-  ASSERT_TRUE(shards.ok());
-  EXPECT_EQ(shards->shards()[1].address, "mpi:1");
 }
 
 TEST(RolePlan, CacheRanksAreOptional) {
   const Result<RolePlan> plan = RolePlan::Parse("decode=3", 3);
   ASSERT_TRUE(plan.ok());
   EXPECT_EQ(plan->count(Role::kCache), 0);
-  EXPECT_FALSE(plan->CacheShards().ok());
 }
 
 TEST(RolePlan, TeachesWhatIsWrong) {
