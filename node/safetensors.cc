@@ -260,7 +260,7 @@ Result<std::unique_ptr<Checkpoint>> Checkpoint::Open(const std::filesystem::path
   return checkpoint;
 }
 
-Result<Tensor> Checkpoint::Find(std::string_view name, std::span<const int64_t> shape) const {
+Result<Tensor> Checkpoint::Find(std::string_view name, std::span<const int64_t> shape) {
   const auto found = tensors_.find(name);
   if (found == tensors_.end()) {
     return InvalidArgument("{}: the checkpoint lacks tensor {}, expected of shape [{}]", name_,
