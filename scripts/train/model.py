@@ -46,6 +46,13 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
 
+def rotate_pairs(x, cos, sin):
+    """The same rotation of neighbouring channels (DeepSeek's layout); the halves come out one behind the other."""
+    half = x.shape[-1] // 2
+    x = torch.cat((x[..., 0::2], x[..., 1::2]), -1)
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
 CHUNK = 128
 
 
@@ -74,13 +81,12 @@ def causal_attention(q, k, v):
 
 def initialize(model: nn.Module) -> None:
     """Embeddings as large as what layers will add to them, so that the token stays visible in the residual stream (heads
-    that copy need it); the last norm's gain is small in return, since the embeddings are the output matrix too."""
+    that copy need it). What writes into the stream and the output matrix start at zero: no token is guessed at first."""
     for name, p in model.named_parameters():
         if p.ndim == 2:
             nn.init.normal_(p, std=0.5 if "embed" in name else 0.03)
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
             nn.init.zeros_(p)
-    nn.init.constant_(model.model.norm.weight, 0.1)
 
 
 class LlamaAttention(nn.Module):
@@ -100,6 +106,34 @@ class LlamaAttention(nn.Module):
         v = self.v_proj(x).view(b, t, self.kv_heads, self.dim).transpose(1, 2)
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         y = causal_attention(q, k, v)
+        return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
+
+
+class LatentAttention(nn.Module):
+    """DeepSeek's multi-head latent attention, as DeepSeek-V3 computes it without a query rank: a token's cache is a
+    normed latent and one rope key for all heads."""
+
+    def __init__(self, c: dict):
+        super().__init__()
+        self.heads, self.nope, self.rope = c["num_attention_heads"], c["qk_nope_head_dim"], c["qk_rope_head_dim"]
+        self.rank, self.value = c["kv_lora_rank"], c["v_head_dim"]
+        width = c["hidden_size"]
+        self.q_proj = nn.Linear(width, self.heads * (self.nope + self.rope), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(width, self.rank + self.rope, bias=False)
+        self.kv_a_layernorm = RmsNorm(self.rank, 1e-6)  # transformers takes no other epsilon here
+        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(self.heads * self.value, width, bias=False)
+
+    def forward(self, x, cos, sin):
+        b, t, _ = x.shape
+        q = self.q_proj(x).view(b, t, self.heads, -1).transpose(1, 2)
+        latent, rope_key = self.kv_a_proj_with_mqa(x).split((self.rank, self.rope), -1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(b, t, self.heads, -1).transpose(1, 2)
+        q_rope = rotate_pairs(q[..., self.nope:], cos, sin).to(kv.dtype)
+        k_rope = rotate_pairs(rope_key, cos, sin).to(kv.dtype)[:, None].expand(-1, self.heads, -1, -1)
+        q = torch.cat((q[..., :self.nope], q_rope), -1)
+        k = torch.cat((kv[..., :self.nope], k_rope), -1)
+        y = causal_attention(q, k, kv[..., self.nope:])
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -125,14 +159,14 @@ class Trunk(nn.Module):
 
 
 class Llama(nn.Module):
-    """Grouped-query attention; embeddings tied."""
+    """Grouped-query attention; the output matrix is one of its own."""
 
     CONFIG = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4096, "hidden_size": 256,
         "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2,
         "head_dim": 64, "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False, "mlp_bias": False,
-        "attention_dropout": 0.0, "tie_word_embeddings": True, "initializer_range": 0.02, "bos_token_id": 0,
+        "attention_dropout": 0.0, "tie_word_embeddings": False, "initializer_range": 0.02, "bos_token_id": 0,
         "eos_token_id": 0, "pad_token_id": None, "use_cache": True, "torch_dtype": "bfloat16",
     }
     ATTENTION = LlamaAttention
@@ -142,6 +176,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config, self.ATTENTION)
+        self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
         cos, sin = rope_tables(config["max_position_embeddings"], config[self.ROPE_DIM], config["rope_theta"])
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -155,13 +190,31 @@ class Llama(nn.Module):
         return x
 
     def head(self, x):
-        return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
+        return self.lm_head(self.model.norm(x))
 
     def forward(self, ids):
         return self.head(self.hidden(ids))
 
 
-ARCHITECTURES = {"gqa": Llama}
+class DeepSeek(Llama):
+    """Multi-head latent attention with dense layers only: a quarter of the numbers a token that Llama above keeps."""
+
+    CONFIG = {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 4096, "hidden_size": 256,
+        "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 8,
+        "q_lora_rank": None, "kv_lora_rank": 48, "qk_nope_head_dim": 48, "qk_rope_head_dim": 16, "v_head_dim": 64,
+        "first_k_dense_replace": 6, "moe_intermediate_size": 704, "n_routed_experts": 8, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "hidden_act": "silu", "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "rope_scaling": None, "rope_interleave": True,
+        "attention_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False, "initializer_range": 0.02,
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "use_cache": True, "torch_dtype": "bfloat16",
+    }
+    ATTENTION = LatentAttention
+    ROPE_DIM = "qk_rope_head_dim"
+
+
+ARCHITECTURES = {"gqa": Llama, "mla": DeepSeek}
 
 
 def export(model: nn.Module, out: pathlib.Path) -> None:

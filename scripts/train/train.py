@@ -24,18 +24,18 @@ import model as model_module
 
 # From this progress on: length, and the shares of text, passkey, key-value and copy. Copying comes first, because the
 # heads that recall needs are learned from it soonest.
-STAGES = ((0.0, 256, (0.45, 0.10, 0.20, 0.25)), (0.3, 512, (0.60, 0.15, 0.15, 0.10)),
-          (0.6, 1024, (0.60, 0.15, 0.15, 0.10)), (0.8, 2048, (0.60, 0.15, 0.15, 0.10)))
+STAGES = ((0.0, 256, (0.45, 0.15, 0.15, 0.25)), (0.3, 512, (0.60, 0.15, 0.15, 0.10)),
+          (0.6, 1024, (0.60, 0.15, 0.15, 0.10)), (0.82, 2048, (0.60, 0.15, 0.15, 0.10)))
 DECAY_FROM = 0.65
-BATCH_TOKENS = 8192
-WARMUP_STEPS = 30
-RATES = (0.01, 0.01, 2e-3)  # matrices, embeddings, gains
+BATCH_TOKENS = 4096
+WARMUP_STEPS = 60
+RATES = (0.02, 0.03, 4e-3, 2e-3)  # matrices, embeddings, output matrix, gains
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal (Jordan et al. 2024); matrices of one shape go through together."""
 
-    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.3):
+    def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.1):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -68,11 +68,12 @@ def orthogonal(g: torch.Tensor) -> torch.Tensor:
 
 
 def optimizers(model):
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    embeddings = [p for n, p in model.named_parameters() if "embed" in n]
-    gains = [p for p in model.parameters() if p.ndim != 2]
+    named = list(model.named_parameters())
+    matrices = [p for n, p in named if p.ndim == 2 and "layers" in n]
+    embeddings, output = model.model.embed_tokens.weight, model.lm_head.weight
+    gains = [p for _, p in named if p.ndim != 2]
     adam = dict(betas=(0.9, 0.98), weight_decay=0.0)
-    return [Muon(matrices), torch.optim.AdamW(embeddings, **adam), torch.optim.AdamW(gains, **adam)]
+    return [Muon(matrices), *(torch.optim.AdamW(group, **adam) for group in ([embeddings], [output], gains))]
 
 
 def learning_rate(step: int, progress: float) -> float:
