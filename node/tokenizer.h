@@ -15,6 +15,38 @@
 
 namespace kvant::node {
 
+// A tokenizer in the tables that a GGUF file holds (keys tokenizer.ggml.*).
+struct TokenizerTables {
+  enum class Kind : uint8_t {
+    kByteLevelBpe,   // tokenizer.ggml.model "gpt2": tokens in the byte alphabet, merges
+    kSentencePiece,  // "llama": merges follow from the scores, other bytes as <0x0A>
+  };
+  // The numbers of tokenizer.ggml.token_type.
+  enum class TokenType : uint8_t {
+    kNormal = 1,
+    kUnknown = 2,
+    kControl = 3,
+    kUserDefined = 4,
+    kUnused = 5,
+    kByte = 6,
+  };
+
+  Kind kind = Kind::kByteLevelBpe;
+  std::string architecture;         // general.architecture: "gemma*" ranks merges by token id
+  std::string pre;                  // tokenizer.ggml.pre, of kByteLevelBpe; may be empty
+  std::vector<std::string> tokens;  // [id], as written in the file
+  std::vector<TokenType> types;     // [id], or empty: all normal
+  std::vector<float> scores;        // [id] of kSentencePiece
+  std::vector<std::string> merges;  // "a b" in the order of rank; of kSentencePiece may be empty
+  std::optional<int32_t> bos;
+  std::optional<int32_t> eos;
+  std::optional<int32_t> unknown;
+  // Absent: what llama.cpp takes for the kind.
+  std::optional<bool> add_bos;
+  std::optional<bool> add_eos;
+  std::optional<bool> add_space_prefix;
+};
+
 // Immutable, Thread-safe. The same ids as the Python package `tokenizers` for what it accepts:
 // model BPE with a ByteLevel decoder; normalizer none or NFC; pre-tokenizers ByteLevel, Split
 // (Isolated, Removed), Digits and sequences of them; post-processors ByteLevel, TemplateProcessing
@@ -26,6 +58,12 @@ class Tokenizer {
   static Result<std::unique_ptr<Tokenizer>> Load(const std::filesystem::path& tokenizer_json);
   // `name` is the file named in errors.
   static Result<std::unique_ptr<Tokenizer>> Parse(std::string_view json, const std::string& name);
+  // From the tables of a GGUF file. kInvalidArgument: they contradict each other, or an id lies
+  // outside of them. kUnsupported: `pre` is not known; the message lists those that are.
+  static Result<std::unique_ptr<Tokenizer>> FromTables(TokenizerTables tables,
+                                                       const std::string& name);
+  // From a model directory: its tokenizer.json, or without one its tokenizer.model.
+  static Result<std::unique_ptr<Tokenizer>> LoadFrom(const std::filesystem::path& directory);
   ~Tokenizer();
   Tokenizer(const Tokenizer&) = delete;
   Tokenizer& operator=(const Tokenizer&) = delete;
