@@ -1,6 +1,6 @@
-// The forward pass against transformers (tests/golden/llama, made by scripts/golden/llama.py) and
-// against a plain double-precision oracle; and what the tier stands on: bits that depend on
-// nothing but a block's tokens, and steps that fail without effect.
+// The forward pass against a plain double-precision oracle (model_golden_test has transformers);
+// and what the tier stands on: bits that depend on nothing but a block's tokens, and steps that
+// fail without effect.
 #include "node/decoder.h"
 
 #include <gmock/gmock.h>
@@ -8,15 +8,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <deque>
-#include <fstream>
-#include <iterator>
 
-#include "base/bytes.h"
 #include "base/random.h"
 #include "kernels/codec.h"
-#include "node/safetensors.h"
 #include "tests/support/random_model.h"
 #include "tests/support/reference_decoder.h"
 
@@ -190,132 +185,6 @@ std::span<const float> RowOf(const Floats& logits, size_t row, int vocab) {
 }
 
 constexpr double kTolerance = 1e-4;
-
-class GoldenLogits : public testing::TestWithParam<std::string> {
- protected:
-  void SetUp() override {
-    const auto directory =
-        std::filesystem::path(KVANT_SOURCE_DIR) / "tests/golden/llama" / GetParam();
-    model_ = LoadModel(directory);
-    ASSERT_NE(model_, nullptr);
-    KV_CHECK(ReadGolden(directory / "golden.safetensors"));
-  }
-
-  bool ReadGolden(const std::filesystem::path& path) {
-    std::ifstream file(path, std::ios::binary);
-    const std::string text((std::istreambuf_iterator<char>(file)), {});
-    const auto tensors = ParseSafetensors(AsBytes(text), path.string());
-    if (!tensors.ok()) return false;
-    const auto copy = [&](const char* name, auto* out) {
-      const auto bytes = tensors->at(name).bytes;
-      out->resize(bytes.size() / sizeof(*out->data()));
-      std::memcpy(out->data(), bytes.data(), bytes.size());
-    };
-    copy("tokens", &tokens_);
-    copy("rows", &rows_);
-    copy("logits", &golden_);
-    return true;
-  }
-
-  // Compares the logits of position `position`, if there are golden ones.
-  void Compare(size_t position, std::span<const float> logits, const char* how) {
-    const auto found = std::find(rows_.begin(), rows_.end(), static_cast<int32_t>(position));
-    if (found == rows_.end()) return;
-    ++compared_;
-    const auto row = static_cast<size_t>(found - rows_.begin());
-    EXPECT_LT(RelativeError(logits, RowOf(golden_, row, model_->config().vocab)), kTolerance)
-        << how << ", position " << position;
-  }
-
-  std::unique_ptr<Model> model_;
-  std::vector<int32_t> tokens_;
-  std::vector<int32_t> rows_;
-  Floats golden_;  // [rows][vocab]
-  size_t compared_ = 0;
-};
-
-TEST_P(GoldenLogits, Prefill) {
-  kernels::ThreadPool pool(2);
-  Decoder decoder(model_.get(), &pool);
-  Sequence sequence(model_->config(), FindCodec(CodecId::kRawFp32));
-  const Floats logits = sequence.Prefill(&decoder, tokens_);
-  for (size_t i = 0; i < tokens_.size(); ++i) {
-    Compare(i, RowOf(logits, i, model_->config().vocab), "prefill");
-  }
-  EXPECT_EQ(compared_, rows_.size());
-}
-
-TEST_P(GoldenLogits, TokenByToken) {
-  kernels::ThreadPool pool(1);
-  Decoder decoder(model_.get(), &pool);
-  Sequence sequence(model_->config(), FindCodec(CodecId::kRawFp32));
-  Floats logits(static_cast<size_t>(model_->config().vocab));
-  for (size_t i = 0; i < tokens_.size(); ++i) {
-    DecodeRow row = sequence.Row(tokens_[i]);
-    decoder.DecodeStep({&row, 1}, logits.data());
-    ASSERT_TRUE(row.status.ok());
-    Compare(i, logits, "decode");
-    sequence.Close();
-  }
-  EXPECT_EQ(compared_, rows_.size());
-}
-
-// A prompt as the scheduler computes one: whole blocks, the tail raw, then decode.
-TEST_P(GoldenLogits, TailThenDecode) {
-  kernels::ThreadPool pool(2);
-  Decoder decoder(model_.get(), &pool);
-  Floats logits(static_cast<size_t>(model_->config().vocab));
-  for (const size_t prompt : {1U, 63U, 64U, 65U, 101U, 128U, 129U, 149U}) {
-    Sequence sequence(model_->config(), FindCodec(CodecId::kRawFp32));
-    const size_t whole = (prompt - 1) / kBlockTokens * kBlockTokens;
-    sequence.Prefill(&decoder, std::span(tokens_).first(whole), false);
-    const PrefillBlock tail{std::span(tokens_).subspan(whole, prompt - whole),
-                            static_cast<int>(whole), &sequence.past};
-    const Status status = decoder.PrefillTail(tail, &sequence.open, logits.data());
-    ASSERT_TRUE(status.ok()) << status.ToString();
-    ASSERT_EQ(sequence.position(), static_cast<int>(prompt));
-    Compare(prompt - 1, logits, "tail");
-    sequence.Close();
-    for (size_t i = prompt; i < std::min(prompt + 3, tokens_.size()); ++i) {
-      DecodeRow row = sequence.Row(tokens_[i]);
-      decoder.DecodeStep({&row, 1}, logits.data());
-      ASSERT_TRUE(row.status.ok());
-      Compare(i, logits, "decode after the tail");
-      sequence.Close();
-    }
-  }
-  EXPECT_GT(compared_, 10U);
-}
-
-// Four sequences of the same tokens, each some blocks ahead of the next by prefill.
-TEST_P(GoldenLogits, Batch) {
-  kernels::ThreadPool pool(2);
-  Decoder decoder(model_.get(), &pool);
-  std::deque<Sequence> batch;
-  for (const size_t prefilled : {0U, 64U, 128U, 100U}) {
-    Sequence& sequence = batch.emplace_back(model_->config(), FindCodec(CodecId::kRawFp32));
-    sequence.Prefill(&decoder, std::span(tokens_).first(prefilled), false);
-  }
-  const int vocab = model_->config().vocab;
-  for (int step = 0; step < 20; ++step) {
-    std::vector<DecodeRow> rows;
-    for (Sequence& sequence : batch) {
-      rows.push_back(sequence.Row(tokens_[static_cast<size_t>(sequence.position())]));
-    }
-    Floats logits(rows.size() * static_cast<size_t>(vocab));
-    decoder.DecodeStep(rows, logits.data());
-    for (size_t i = 0; i < rows.size(); ++i) {
-      ASSERT_TRUE(rows[i].status.ok());
-      Compare(static_cast<size_t>(rows[i].position), RowOf(logits, i, vocab), "batch");
-      batch[i].Close();
-    }
-  }
-  EXPECT_GT(compared_, 10U);
-}
-
-INSTANTIATE_TEST_SUITE_P(All, GoldenLogits,
-                         testing::Values("gqa", "mqa_tied_64", "mha_odd_96", "gqa_128_llama3",
-                                         "linear_fp16_sharded", "gqa_fp32"));
 
 // Random shapes against the oracle.
 TEST(DecoderProperty, AgreesWithPlainDoublePrecision) {

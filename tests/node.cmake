@@ -11,7 +11,8 @@ kvant_test(model_test LIBS kvant_test_models LABELS unit)
 kvant_test(decoder_test
   SOURCES support/reference_decoder.cc
   LIBS kvant_test_models
-  LABELS unit property golden)
+  LABELS unit property)
+kvant_test(model_golden_test LIBS kvant_test_models LABELS golden)
 
 # A node and what it is asked, for tests of the whole path.
 add_library(kvant_test_nodes support/node_world.cc support/random_requests.cc)
