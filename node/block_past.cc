@@ -2,6 +2,17 @@
 
 namespace kvant::node {
 
+kernels::LayerTile FillTile(const kernels::PayloadLayout& layout, int layer, const Cuts& cuts,
+                            std::span<const std::byte> payload) {
+  KV_DCHECK(payload.size() >= layout.BytesOfCuts(cuts.keys, cuts.values));
+  kernels::LayerTile tile;
+  tile.codec = &layout.codec();
+  tile.shape = layout.shape();
+  tile.keys = layout.Ranges(kernels::SegmentKind::kKey, layer, cuts.keys, payload.data());
+  tile.values = layout.Ranges(kernels::SegmentKind::kValue, layer, cuts.values, payload.data());
+  return tile;
+}
+
 Status BlockPast::AwaitLayer(const CachedBlock& block, int layer) const {
   if (block.ready[static_cast<size_t>(layer)] != 0) return OkStatus();
   KV_CHECK(arrival_ != nullptr);
@@ -20,14 +31,10 @@ Status BlockPast::AwaitLayer(const CachedBlock& block, int layer) const {
 
 Status BlockPast::Layer(int block, int layer, kernels::LayerTile* out) {
   const CachedBlock& cached = *blocks_[static_cast<size_t>(block)];
-  KV_CHECK(cached.cuts.Covers(read_));
+  const kernels::PayloadLayout& layout = block_class_.layout(cached.portion.scope);
+  KV_CHECK(cached.portion.cuts.Covers(read_) && layout.Holds(layer));
   KV_RETURN_IF_ERROR(AwaitLayer(cached, layer));
-  const kernels::PayloadLayout& layout = block_class_.layout();
-  out->codec = &layout.codec();
-  out->shape = layout.shape();
-  out->keys = layout.Ranges(kernels::SegmentKind::kKey, layer, read_.keys, cached.bytes.data());
-  out->values =
-      layout.Ranges(kernels::SegmentKind::kValue, layer, read_.values, cached.bytes.data());
+  *out = FillTile(layout, layer, read_, cached.bytes);
   return OkStatus();
 }
 

@@ -2,6 +2,7 @@
 // wire.
 #pragma once
 
+#include <cstddef>
 #include <functional>
 #include <span>
 
@@ -11,6 +12,11 @@
 #include "node/local_cache.h"
 
 namespace kvant::node {
+
+// One layer of a whole block at these cuts, as attention reads it. payload: at least the bytes that
+// the cuts name; borrowed for as long as the tile is used.
+kernels::LayerTile FillTile(const kernels::PayloadLayout& layout, int layer, const Cuts& cuts,
+                            std::span<const std::byte> payload);
 
 // How to wait for a block's bytes. `poll` makes progress on the network, `wait` sleeps a little.
 struct ArrivalWait {
@@ -25,7 +31,7 @@ class BlockPast final : public PastBlocks {
  public:
   // read: the extents that are attended, whatever more a block holds: a result must not depend on
   // where a block came from. arrival: nullptr where all blocks are complete.
-  // REQUIRES: every block holds at least `read`.
+  // REQUIRES: every block holds at least `read` of every layer that will be asked for.
   BlockPast(const BlockClass& block_class, std::span<const CachedBlockPtr> blocks, const Cuts& read,
             const ArrivalWait* arrival)
       : block_class_(block_class), blocks_(blocks), read_(read), arrival_(arrival) {}
