@@ -9,6 +9,7 @@
 
 #include "node/bench_command.h"
 #include "node/generate.h"
+#include "node/logits_command.h"
 #include "node/report.h"
 #include "node/requests.h"
 #include "node/run.h"
@@ -159,6 +160,21 @@ int Main(int argc, char** argv) {
   report_command->add_option("--baseline-report", baseline_in,
                              "Report of the same requests without cache");
 
+  LogitsOptions logits;
+  CLI::App* logits_command = app.add_subcommand("logits", "Write what a model says to tokens");
+  logits_command->add_option("--model", logits.model, "Hugging Face model directory")->required();
+  auto* tokens = logits_command->add_option("--tokens", logits.tokens, "Token ids: 1,2,3");
+  logits_command->add_option("--tokens-file", logits.tokens_file, "File with the ids")
+      ->excludes(tokens);
+  logits_command->add_option("--dtype", logits.dtype, "Of the keys and values attended")
+      ->check(CLI::IsMember({"fp32", "bf16"}))
+      ->capture_default_str();
+  logits_command->add_option("--codec", logits.codec, "What they are stored as, in place of that");
+  logits_command->add_option("--out", logits.out, "NPY file: fp32 [tokens][vocabulary]")
+      ->required();
+  logits_command->add_option("--threads", logits.threads, "Compute threads (default: one a core)")
+      ->check(CLI::Range(0, kMaxThreads));
+
   CLI::App* bench_command = app.add_subcommand("bench", "Measure this machine");
   bench_command->require_subcommand(1);
   BenchOptions bench;
@@ -193,6 +209,7 @@ int Main(int argc, char** argv) {
     }
     return ExitWith(Generate(generate));
   }
+  if (logits_command->parsed()) return ExitWith(WriteLogits(logits));
   if (report_command->parsed()) return ExitWith(ShowReport(report_in, baseline_in));
   if (bench_transport->parsed()) return ExitWith(BenchTransport(bench, &argc, &argv));
   return ExitWith(BenchNode(bench));
