@@ -41,8 +41,8 @@ bool RunsHere() { return __builtin_cpu_supports("avx2") != 0; }
 }  // namespace
 
 const Implementation kAvx2 = {
-    "avx2", RunsHere, TileEncode,  TileDecode,      AttendTileAny, AttendRawTokens,
-    Linear, Linear,   RmsNormRows, SiluMultiplyAll, SoftmaxAll,
+    "avx2", RunsHere, TileEncode,  TileDecode,      AttendTileAny,   AttendRawTokens,
+    Linear, Linear,   RmsNormRows, SiluMultiplyAll, GeluMultiplyAll, SoftmaxAll,
 };
 
 }  // namespace kvant::kernels

@@ -45,8 +45,8 @@ bool RunsHere() {
 }  // namespace
 
 const Implementation kAvx512 = {
-    "avx512", RunsHere, TileEncode,  TileDecode,      AttendTileAny, AttendRawTokens,
-    Linear,   Linear,   RmsNormRows, SiluMultiplyAll, SoftmaxAll,
+    "avx512", RunsHere, TileEncode,  TileDecode,      AttendTileAny,   AttendRawTokens,
+    Linear,   Linear,   RmsNormRows, SiluMultiplyAll, GeluMultiplyAll, SoftmaxAll,
 };
 
 }  // namespace kvant::kernels

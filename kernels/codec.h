@@ -20,7 +20,9 @@ inline constexpr int kMaxBlockTokens = 64;
 inline constexpr int kMaxHeadDim = 1024;
 inline constexpr int kMaxKvHeads = 1024;
 
-enum class SegmentKind : uint8_t { kKey = 0, kValue = 1 };
+// kLatent: what multi-head latent attention keeps in place of keys and values (DeepSeek-V2, section
+// 2.1); one head of head_dim = latent rank, coded like values.
+enum class SegmentKind : uint8_t { kKey = 0, kValue = 1, kLatent = 2 };
 
 enum class CodecId : uint8_t { kRawBf16 = 1, kTile8 = 2, kTile4 = 3, kRawFp16 = 4, kRawFp32 = 5 };
 
@@ -28,9 +30,25 @@ struct SegmentShape {
   int tokens = 0;    // 1..kMaxBlockTokens
   int kv_heads = 0;  // 1..kMaxKvHeads
   int head_dim = 0;  // multiple of 8, <= kMaxHeadDim
+  friend bool operator==(const SegmentShape&, const SegmentShape&) = default;
 };
 // A geometry from outside is asked here before anything is computed with it.
 bool ShapeIsValid(const SegmentShape& shape);
+
+// The two segments that a layer keeps of a block: keys and values, or rope keys and latents.
+struct LayerShape {
+  SegmentShape keys;
+  SegmentShape values;
+  bool latent = false;  // `values` are latents, which are keys as well
+
+  SegmentKind value_kind() const { return latent ? SegmentKind::kLatent : SegmentKind::kValue; }
+  const SegmentShape& Of(SegmentKind kind) const {
+    return kind == SegmentKind::kKey ? keys : values;
+  }
+  friend bool operator==(const LayerShape&, const LayerShape&) = default;
+};
+// Keys and values of one shape.
+inline LayerShape KeysAndValues(const SegmentShape& shape) { return {shape, shape, false}; }
 
 // The ranges of one segment, from the base on; `cuts` of them are present.
 struct SegmentRanges {

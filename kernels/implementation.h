@@ -14,13 +14,6 @@
 
 namespace kvant::kernels {
 
-// Tokens as fp32 rows: keys, values [tokens][kv_heads][head_dim].
-struct RawTokens {
-  const float* keys = nullptr;
-  const float* values = nullptr;
-  SegmentShape shape;  // tokens: any number
-};
-
 // All functions are pure and thread-safe. Immutable.
 struct Implementation {
   std::string_view name;
@@ -31,8 +24,8 @@ struct Implementation {
                       const MutableSegmentRanges& out, float* max_error);
   void (*tile_decode)(const TileFormat&, SegmentKind, const SegmentShape&, const SegmentRanges&,
                       float* out);
-  void (*attend_tile)(const QueryBlock&, const LayerTile&);
-  void (*attend_raw)(const QueryBlock&, const RawTokens&, const int* visible);
+  void (*attend_tile)(const QueryBlock&, const LayerTile&, const Visible&);
+  void (*attend_raw)(const QueryBlock&, const RawTokens&, const Visible&);
   // y[r * y_stride + o] = dot(x[r], weight[o]); weight: bf16 [outputs][width], x: [rows][width].
   void (*linear)(const uint16_t* weight, int outputs, int width, const float* x, int rows, float* y,
                  size_t y_stride);
@@ -42,6 +35,7 @@ struct Implementation {
   void (*rms_norm)(const float* x, const float* weight, int rows, int width, float epsilon,
                    float* out);
   void (*silu_multiply)(float* gate, const float* up, size_t count);
+  void (*gelu_multiply)(float* gate, const float* up, size_t count);
   void (*softmax)(float* x, size_t count);
 };
 

@@ -114,9 +114,9 @@ Rate MeasureDecodeLinear(const GemmShape& shape, size_t weight_bytes, ThreadPool
 TileRates MeasureTile(const Codec& codec, const SegmentShape& shape, int key_cuts, int value_cuts,
                       int q_heads, int rows, size_t working_set_bytes, Duration at_least) {
   // Every block is a layer of one payload.
-  const size_t block_bytes = PayloadLayout(codec, shape, 1).total_bytes();
+  const size_t block_bytes = PayloadLayout(codec, KeysAndValues(shape), 1).total_bytes();
   const int blocks = static_cast<int>(std::max<size_t>(1, working_set_bytes / block_bytes));
-  const PayloadLayout layout(codec, shape, blocks);
+  const PayloadLayout layout(codec, KeysAndValues(shape), blocks);
   std::vector<std::byte> payload(layout.total_bytes());
   const size_t elements =
       Product(shape.tokens, shape.kv_heads) * static_cast<size_t>(shape.head_dim);
@@ -155,10 +155,10 @@ TileRates MeasureTile(const Codec& codec, const SegmentShape& shape, int key_cut
   rates.attend =
       Repeat(bf16_bytes, at_least, [&] {
         for (int layer = 0; layer < blocks; ++layer) {
-          AttendTile(
-              block,
-              {&codec, shape, layout.Ranges(SegmentKind::kKey, layer, key_cuts, payload.data()),
-               layout.Ranges(SegmentKind::kValue, layer, value_cuts, payload.data())});
+          AttendTile(block,
+                     {&codec, layout.shape(),
+                      layout.Ranges(SegmentKind::kKey, layer, key_cuts, payload.data()),
+                      layout.Ranges(SegmentKind::kValue, layer, value_cuts, payload.data())});
         }
       }).per_second;
   rates.attend_encoded =

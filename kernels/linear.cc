@@ -1,10 +1,12 @@
 #include "kernels/linear.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "base/check.h"
 #include "kernels/blas.h"
 #include "kernels/implementation.h"
+#include "kernels/vector.h"
 
 namespace kvant::kernels {
 namespace {
@@ -28,16 +30,27 @@ void ForPieces(ThreadPool* pool, int pieces, const Body& body) {
 }  // namespace
 
 void PrefillLinear(const Weight& weight, const float* x, float* y, ThreadPool* pool) {
-  KV_CHECK(weight.fp32 != nullptr && weight.out_features > 0 && weight.in_features > 0);
+  KV_CHECK(weight.bf16 != nullptr || weight.fp32 != nullptr);
+  KV_CHECK(weight.out_features > 0 && weight.in_features > 0);
   SgemmFunction* const sgemm = LoadedSgemm();
   const int width = weight.in_features;
   const int pieces = (weight.out_features + kPrefillPanel - 1) / kPrefillPanel;
   ForPieces(pool, pieces, [&](int piece) {
     const int first = piece * kPrefillPanel;
     const int count = std::min(kPrefillPanel, weight.out_features - first);
+    const size_t from = static_cast<size_t>(first) * static_cast<size_t>(width);
+    const float* panel = nullptr;
+    if (weight.bf16 != nullptr) {
+      const size_t size = static_cast<size_t>(count) * static_cast<size_t>(width);
+      thread_local std::vector<float> widened;  // grows to the widest layer and stays
+      if (widened.size() < size) widened.resize(size);
+      WidenBf16(weight.bf16 + from, widened.data(), size);
+      panel = widened.data();
+    } else {
+      panel = weight.fp32 + from;
+    }
     sgemm(kBlasRowMajor, kBlasNoTranspose, kBlasTranspose, kPrefillRows, count, width, 1.0F, x,
-          width, weight.fp32 + static_cast<size_t>(first) * static_cast<size_t>(width), width, 0.0F,
-          y + first, weight.out_features);
+          width, panel, width, 0.0F, y + first, weight.out_features);
   });
 }
 

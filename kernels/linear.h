@@ -48,17 +48,19 @@ std::string BlasCoreType();
 // its company (DESIGN section 10: OpenBLAS results differ with the row count).
 inline constexpr int kPrefillRows = 64;
 
-// A weight matrix in the two forms that are needed. Immutable. bf16 is null where the checkpoint is
-// not bf16 (rounding it would lose bits); DecodeLinear reads fp32 then.
+// A weight matrix in the form of its checkpoint. Immutable. Exactly one pointer is set: bf16, or
+// fp32 where the checkpoint has more bits than bf16 holds.
 struct Weight {
-  const uint16_t* bf16 = nullptr;  // [out][in]; for decode; may be null
-  const float* fp32 = nullptr;     // [out][in]; for prefill
+  const uint16_t* bf16 = nullptr;  // [out][in]
+  const float* fp32 = nullptr;     // [out][in]
   int out_features = 0;
   int in_features = 0;
 };
 
 // y[64][out] = x[64][in] * W^T through sgemm, in panels of fixed width over `pool`; pool ==
-// nullptr: the calling thread alone, same bits. REQUIRES: LoadBlas() was ok.
+// nullptr: the calling thread alone, same bits. bf16 weights are widened panel by panel, just
+// before they are used: 64 products hide it, and nothing twice as large crosses from memory.
+// REQUIRES: LoadBlas() was ok.
 void PrefillLinear(const Weight& weight, const float* x, float* y, ThreadPool* pool);
 // y[rows][out] = x[rows][in] * W^T. A row's result does not depend on `rows`, nor on `pool`, which
 // may be nullptr.

@@ -5,16 +5,27 @@
 #include "base/check.h"
 
 namespace kvant::kernels {
+namespace {
 
-PayloadLayout::PayloadLayout(const Codec& codec, const SegmentShape& shape, int layers)
-    : codec_(&codec), shape_(shape), layers_(layers) {
-  KV_CHECK(ShapeIsValid(shape) && layers >= 1);
+int RowIndex(SegmentKind kind) { return kind == SegmentKind::kKey ? 0 : 1; }
+
+}  // namespace
+
+PayloadLayout::PayloadLayout(const Codec& codec, const LayerShape& shape, int layers)
+    : PayloadLayout(codec, shape, std::vector<bool>(static_cast<size_t>(layers), true)) {}
+
+PayloadLayout::PayloadLayout(const Codec& codec, const LayerShape& shape,
+                             const std::vector<bool>& held)
+    : codec_(&codec), shape_(shape) {
+  KV_CHECK(ShapeIsValid(shape.keys) && ShapeIsValid(shape.values) && !held.empty());
+  for (const bool holds : held) place_.push_back(holds ? held_layers_++ : -1);
   for (int cut = 0; cut < std::max(codec.key_cuts, codec.value_cuts); ++cut) {
-    for (const SegmentKind kind : {SegmentKind::kKey, SegmentKind::kValue}) {
+    for (const SegmentKind kind : {SegmentKind::kKey, shape.value_kind()}) {
       if (cut >= codec.cuts(kind)) continue;
-      first_row_[static_cast<int>(kind)][cut] = static_cast<int>(rows_.size());
-      const uint64_t length = codec.range_bytes(kind, shape, cut);
-      for (int layer = 0; layer < layers; ++layer) {
+      first_row_[RowIndex(kind)][cut] = static_cast<int>(rows_.size());
+      const uint64_t length = codec.range_bytes(kind, shape.Of(kind), cut);
+      for (int layer = 0; layer < layers(); ++layer) {
+        if (!Holds(layer)) continue;
         rows_.push_back({kind, cut, layer, total_bytes_, length});
         total_bytes_ += length;
       }
@@ -23,8 +34,10 @@ PayloadLayout::PayloadLayout(const Codec& codec, const SegmentShape& shape, int 
 }
 
 const PayloadRow& PayloadLayout::Row(SegmentKind kind, int cut, int layer) const {
-  KV_CHECK(cut >= 0 && cut < codec_->cuts(kind) && layer >= 0 && layer < layers_);
-  return rows_[static_cast<size_t>(first_row_[static_cast<int>(kind)][cut] + layer)];
+  KV_CHECK(kind == SegmentKind::kKey || kind == shape_.value_kind());
+  KV_CHECK(cut >= 0 && cut < codec_->cuts(kind) && layer >= 0 && layer < layers() && Holds(layer));
+  const int place = place_[static_cast<size_t>(layer)];
+  return rows_[static_cast<size_t>(first_row_[RowIndex(kind)][cut] + place)];
 }
 
 uint64_t PayloadLayout::BytesOfCuts(int key_cuts, int value_cuts) const {

@@ -18,9 +18,9 @@ namespace {
 }  // namespace
 
 const Implementation kScalar = {
-    "scalar",      [] { return true; }, TileEncode, TileDecode,
-    AttendTileAny, AttendRawTokens,     Linear,     Linear,
-    RmsNormRows,   SiluMultiplyAll,     SoftmaxAll,
+    "scalar",      [] { return true; }, TileEncode,      TileDecode,
+    AttendTileAny, AttendRawTokens,     Linear,          Linear,
+    RmsNormRows,   SiluMultiplyAll,     GeluMultiplyAll, SoftmaxAll,
 };
 
 }  // namespace kvant::kernels

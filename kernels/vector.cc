@@ -1,9 +1,11 @@
 #include "kernels/vector.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 
 #include "base/check.h"
+#include "kernels/codec.h"
 #include "kernels/float_formats.h"
 #include "kernels/implementation.h"
 
@@ -17,8 +19,19 @@ void SiluMultiply(float* gate, const float* up, size_t count) {
   ActiveImplementation().silu_multiply(gate, up, count);
 }
 
+void GeluTanhMultiply(float* gate, const float* up, size_t count) {
+  ActiveImplementation().gelu_multiply(gate, up, count);
+}
+
 void AddInPlace(float* x, const float* y, size_t count) {
   for (size_t i = 0; i < count; ++i) x[i] += y[i];
+}
+
+void AddBias(float* x, const float* bias, int rows, int width) {
+  for (int row = 0; row < rows; ++row) {
+    AddInPlace(x + static_cast<size_t>(row) * static_cast<size_t>(width), bias,
+               static_cast<size_t>(width));
+  }
 }
 
 void Softmax(float* x, size_t count) {
@@ -36,26 +49,71 @@ void NarrowBf16(const float* in, uint16_t* out, size_t count) {
   for (size_t i = 0; i < count; ++i) out[i] = ToBf16(in[i]);
 }
 
+namespace {
+
+// The frequency of a channel under Llama 3's scaling: channels that turn often in the original
+// context keep theirs, those that turn rarely are stretched by the factor, those between blended.
+double Llama3Frequency(double frequency, const RopeScaling& scaling) {
+  const double context = scaling.original_max_position_embeddings;
+  const double turns = context * frequency / (2.0 * std::numbers::pi);
+  if (turns < scaling.low_freq_factor) return frequency / scaling.factor;
+  if (turns > scaling.high_freq_factor) return frequency;
+  const double smooth =
+      (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor);
+  return (1.0 - smooth) * frequency / scaling.factor + smooth * frequency;
+}
+
+// YaRN's ramp over channels: 0 where the frequency is kept, 1 where it is divided by the factor.
+class YarnRamp {
+ public:
+  YarnRamp(int head_dim, double theta, const RopeScaling& scaling) {
+    // The channel that makes so many turns in the original context.
+    const auto channel = [&](double turns) {
+      return head_dim *
+             std::log(scaling.original_max_position_embeddings / (turns * 2.0 * std::numbers::pi)) /
+             (2.0 * std::log(theta));
+    };
+    low_ = channel(scaling.beta_fast);
+    high_ = channel(scaling.beta_slow);
+    if (scaling.truncate) {
+      low_ = std::floor(low_);
+      high_ = std::ceil(high_);
+    }
+    low_ = std::max(low_, 0.0);
+    high_ = std::min(high_, head_dim - 1.0);
+    if (low_ == high_) high_ += 0.001;
+  }
+  double operator()(size_t channel) const {
+    return std::clamp((static_cast<double>(channel) - low_) / (high_ - low_), 0.0, 1.0);
+  }
+
+ private:
+  double low_;
+  double high_;
+};
+
+}  // namespace
+
 std::vector<double> RopeFrequencies(int head_dim, double theta, const RopeScaling& scaling) {
   KV_CHECK(head_dim > 0 && head_dim % 2 == 0 && theta > 0.0);
+  const YarnRamp ramp(head_dim, theta, scaling);
   std::vector<double> frequencies(static_cast<size_t>(head_dim / 2));
   for (size_t i = 0; i < frequencies.size(); ++i) {
-    double frequency = std::pow(theta, -2.0 * static_cast<double>(i) / head_dim);
-    if (scaling.kind == RopeScaling::Kind::kLinear) frequency /= scaling.factor;
-    if (scaling.kind == RopeScaling::Kind::kLlama3) {
-      const double context = scaling.original_max_position_embeddings;
-      const double turns = context * frequency / (2.0 * std::numbers::pi);
-      // Channels that turn often keep their frequency, those that turn rarely are stretched by the
-      // factor, those between are blended.
-      if (turns < scaling.low_freq_factor) {
+    double& frequency = frequencies[i];
+    frequency = std::pow(theta, -2.0 * static_cast<double>(i) / head_dim);
+    switch (scaling.kind) {
+      case RopeScaling::Kind::kNone:
+        break;
+      case RopeScaling::Kind::kLinear:
         frequency /= scaling.factor;
-      } else if (turns <= scaling.high_freq_factor) {
-        const double smooth = (turns - scaling.low_freq_factor) /
-                              (scaling.high_freq_factor - scaling.low_freq_factor);
-        frequency = (1.0 - smooth) * frequency / scaling.factor + smooth * frequency;
-      }
+        break;
+      case RopeScaling::Kind::kLlama3:
+        frequency = Llama3Frequency(frequency, scaling);
+        break;
+      case RopeScaling::Kind::kYarn:
+        frequency *= (1.0 - ramp(i)) + ramp(i) / scaling.factor;
+        break;
     }
-    frequencies[i] = frequency;
   }
   return frequencies;
 }
@@ -65,23 +123,24 @@ RopeTable::RopeTable(int head_dim, double theta, const RopeScaling& scaling, int
   KV_CHECK(max_positions > 0);
   const std::vector<double> frequencies = RopeFrequencies(head_dim, theta, scaling);
   const size_t size = static_cast<size_t>(max_positions) * frequencies.size();
+  const double scale = scaling.kind == RopeScaling::Kind::kYarn ? scaling.attention_factor : 1.0;
   cos_.reserve(size);
   sin_.reserve(size);
   for (int position = 0; position < max_positions; ++position) {
     for (const double frequency : frequencies) {
-      cos_.push_back(static_cast<float>(std::cos(position * frequency)));
-      sin_.push_back(static_cast<float>(std::sin(position * frequency)));
+      cos_.push_back(static_cast<float>(std::cos(position * frequency) * scale));
+      sin_.push_back(static_cast<float>(std::sin(position * frequency) * scale));
     }
   }
 }
 
-void RopeTable::Apply(float* x, int heads, int position) const {
+void RopeTable::Apply(float* x, int heads, size_t stride, int position) const {
   KV_CHECK(position >= 0 && position < max_positions_);
   const size_t at = static_cast<size_t>(position) * static_cast<size_t>(half_);
   const float* cosines = cos_.data() + at;
   const float* sines = sin_.data() + at;
   for (int h = 0; h < heads; ++h) {
-    float* low = x + static_cast<size_t>(h) * static_cast<size_t>(2 * half_);
+    float* low = x + static_cast<size_t>(h) * stride;
     float* high = low + half_;
     for (int i = 0; i < half_; ++i) {
       const float a = low[i];
@@ -90,6 +149,18 @@ void RopeTable::Apply(float* x, int heads, int position) const {
       high[i] = b * cosines[i] + a * sines[i];
     }
   }
+}
+
+void RopeTable::ApplyInterleaved(float* x, int heads, size_t stride, int position) const {
+  KV_CHECK(2 * half_ <= kMaxHeadDim);
+  float apart[kMaxHeadDim];
+  const auto half = static_cast<size_t>(half_);
+  for (int h = 0; h < heads; ++h) {
+    float* vector = x + static_cast<size_t>(h) * stride;
+    for (size_t i = 0; i < 2 * half; ++i) apart[i / 2 + (i % 2) * half] = vector[i];
+    std::copy_n(apart, 2 * half, vector);
+  }
+  Apply(x, heads, stride, position);
 }
 
 }  // namespace kvant::kernels

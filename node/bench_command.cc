@@ -29,10 +29,11 @@ Status WriteRows(const std::string& path, const Json& rows) {
 // `tokens` tokens of encoded keys and values drawn at random: speed does not depend on them.
 std::vector<CachedBlockPtr> RandomPast(const BlockClass& block_class, int tokens) {
   const kernels::PayloadLayout& layout = block_class.layout();
-  const size_t elements = static_cast<size_t>(kBlockTokens) *
-                          static_cast<size_t>(layout.shape().kv_heads * layout.shape().head_dim);
+  const auto elements = [](const kernels::SegmentShape& shape) {
+    return static_cast<size_t>(shape.tokens * shape.kv_heads * shape.head_dim);
+  };
   Random random(1);
-  std::vector<float> x(elements);
+  std::vector<float> x(std::max(elements(layout.shape().keys), elements(layout.shape().values)));
   for (float& value : x) value = static_cast<float>(random.Normal());
   std::vector<CachedBlockPtr> blocks;
   for (int begin = 0; begin < tokens; begin += kBlockTokens) {
@@ -46,13 +47,31 @@ std::vector<CachedBlockPtr> RandomPast(const BlockClass& block_class, int tokens
   return blocks;
 }
 
-// Shapes of the products of one layer, for 64 rows.
+// Shapes of the products of one dense layer, for 64 rows.
 std::vector<kernels::GemmShape> LayerShapes(const ModelConfig& config) {
   const int rows = kernels::kPrefillRows;
-  return {{rows, config.q_width(), config.hidden},    {rows, config.kv_width(), config.hidden},
-          {rows, config.kv_width(), config.hidden},   {rows, config.hidden, config.q_width()},
-          {rows, config.intermediate, config.hidden}, {rows, config.intermediate, config.hidden},
-          {rows, config.hidden, config.intermediate}};
+  const int hidden = config.hidden;
+  std::vector<kernels::GemmShape> shapes = {{rows, config.q_width(), hidden},
+                                            {rows, hidden, config.q_heads * config.value_dim()},
+                                            {rows, config.intermediate, hidden},
+                                            {rows, config.intermediate, hidden},
+                                            {rows, hidden, config.intermediate}};
+  if (config.latent) {
+    const LatentAttention& latent = *config.latent;
+    shapes.push_back({rows, latent.kv_rank + latent.rope_dim, hidden});
+    shapes.push_back({rows, config.q_heads * latent.kv_rank, latent.nope_dim});
+    shapes.push_back({rows, config.q_heads * latent.value_dim, latent.kv_rank});
+  } else {
+    shapes.push_back({rows, config.kv_width(), hidden});
+    shapes.push_back({rows, config.kv_width(), hidden});
+  }
+  return shapes;
+}
+
+// Operations that one query token spends on one token that it attends.
+double AttentionOperations(const ModelConfig& config) {
+  const kernels::LayerShape state = config.StateShape(1);
+  return 2.0 * config.q_heads * (kernels::KeyDim(state) + state.values.head_dim);
 }
 
 double Operations(const kernels::GemmShape& shape) {
@@ -103,10 +122,13 @@ Result<Json> PrefillRow(const NodeBench& bench, const BlockClass& block_class, D
                       }));
   double dense = 0;
   for (const kernels::GemmShape& shape : LayerShapes(config)) dense += Operations(shape);
-  const double attention = 4.0 * kBlockTokens * (context + kBlockTokens / 2.0) * config.q_width();
+  const double attention =
+      kBlockTokens * (context + kBlockTokens / 2.0) * AttentionOperations(config);
   // The last layer ends with its keys and values.
   const double operations = (dense + attention) * (config.layers - 1) +
-                            4.0 * kBlockTokens * config.kv_width() * config.hidden;
+                            static_cast<double>(kBlockTokens) * config.hidden *
+                                static_cast<double>(block_class.Bf16BytesPerToken()) /
+                                config.layers;
   return Json{{"what", "prefill"},
               {"codec", block_class.codec().name},
               {"context", context},

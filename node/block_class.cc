@@ -22,8 +22,16 @@ int CutsForBits(const kernels::Codec& codec, int available, int bits) {
   return available;
 }
 
-uint8_t PartOf(SegmentKind kind) {
-  return static_cast<uint8_t>(kind == SegmentKind::kKey ? Part::kKeys : Part::kValues);
+Part PartOf(SegmentKind kind) {
+  switch (kind) {
+    case SegmentKind::kKey:
+      return Part::kKeys;
+    case SegmentKind::kValue:
+      return Part::kValues;
+    case SegmentKind::kLatent:
+      return Part::kState;
+  }
+  return Part::kState;
 }
 
 }  // namespace
@@ -79,24 +87,24 @@ BlockClass::BlockClass(const Model* model, const kernels::Codec* codec,
                        std::span<const std::byte> cluster_secret)
     : model_(model),
       codec_(codec),
-      layout_(
-          *codec,
-          kernels::SegmentShape{kBlockTokens, model->config().kv_heads, model->config().head_dim},
-          model->config().layers),
+      layout_(*codec, model->config().StateShape(kBlockTokens), model->config().layers),
       cluster_secret_(cluster_secret.begin(), cluster_secret.end()) {}
 
 Cuts BlockClass::CutsOf(Wire wire) const {
   KV_CHECK(wire != Wire::kAuto);
   const int key_bits = wire == Wire::kFull ? 32 : wire == Wire::kK8V4 ? 8 : 4;
-  const int value_bits = wire == Wire::kFull ? 32 : 4;
+  // Latents are keys as well: they keep as many bits.
+  const int value_bits = layout_.shape().latent ? key_bits : wire == Wire::kFull ? 32 : 4;
   return {CutsForBits(*codec_, codec_->key_cuts, key_bits),
           CutsForBits(*codec_, codec_->value_cuts, value_bits)};
 }
 
 uint64_t BlockClass::Bf16BytesPerToken() const {
-  const ModelConfig& config = model_->config();
-  return uint64_t{2} * 2 * static_cast<uint64_t>(config.layers) *
-         static_cast<uint64_t>(config.kv_width());
+  const kernels::LayerShape state = model_->config().StateShape(1);
+  const int elements = state.keys.kv_heads * state.keys.head_dim +
+                       state.values.kv_heads * state.values.head_dim;
+  return uint64_t{2} * static_cast<uint64_t>(model_->config().layers) *
+         static_cast<uint64_t>(elements);
 }
 
 std::vector<BlockKey> BlockClass::Keys(std::span<const int32_t> tokens,
@@ -108,7 +116,7 @@ std::vector<BlockKey> BlockClass::Keys(std::span<const int32_t> tokens,
   options.layout.layer_end = static_cast<uint32_t>(layout_.layers());
   options.layout.head_end = static_cast<uint32_t>(model_->config().kv_heads);
   options.layout.state_kinds = {static_cast<uint8_t>(SegmentKind::kKey),
-                                static_cast<uint8_t>(SegmentKind::kValue)};
+                                static_cast<uint8_t>(layout_.shape().value_kind())};
   // Prefill attends the whole of what the codec stores, so the codec's name says the cut as well.
   options.numerics_class = std::string(codec_->name) + "/full";
   const std::vector<uint32_t> ids(tokens.begin(), tokens.end());
@@ -117,9 +125,9 @@ std::vector<BlockKey> BlockClass::Keys(std::span<const int32_t> tokens,
 
 void BlockClass::EncodeLayer(int layer, const float* keys, const float* values, std::byte* payload,
                              float* max_errors) const {
-  for (const SegmentKind kind : {SegmentKind::kKey, SegmentKind::kValue}) {
+  for (const SegmentKind kind : {SegmentKind::kKey, layout_.shape().value_kind()}) {
     float errors[kernels::kMaxCuts] = {};
-    codec_->encode(kind, layout_.shape(), kind == SegmentKind::kKey ? keys : values,
+    codec_->encode(kind, layout_.shape().Of(kind), kind == SegmentKind::kKey ? keys : values,
                    layout_.MutableRanges(kind, layer, payload), errors);
     if (max_errors == nullptr) continue;
     for (size_t i = 0; i < layout_.rows().size(); ++i) {
@@ -138,7 +146,7 @@ BlockManifest BlockClass::MakeManifest(const BlockKey& key, std::span<const std:
   manifest.token_count = kBlockTokens;
   for (size_t i = 0; i < layout_.rows().size(); ++i) {
     const kernels::PayloadRow& row = layout_.rows()[i];
-    manifest.Append(PartOf(row.kind), static_cast<uint8_t>(row.cut),
+    manifest.Append(static_cast<uint8_t>(PartOf(row.kind)), static_cast<uint8_t>(row.cut),
                     static_cast<uint16_t>(row.layer), static_cast<uint8_t>(row.kind),
                     payload.subspan(row.offset, row.length), max_errors[i]);
   }
@@ -159,7 +167,7 @@ Status BlockClass::CheckManifest(const BlockKey& key, const BlockManifest& manif
   for (const kernels::PayloadRow& row : layout_.rows()) {
     const bool there =
         std::any_of(manifest.rows.begin(), manifest.rows.end(), [&](const ManifestRow& other) {
-          return other.part == PartOf(row.kind) && other.cut == row.cut &&
+          return other.part == static_cast<uint8_t>(PartOf(row.kind)) && other.cut == row.cut &&
                  other.layer == row.layer && other.kind == static_cast<uint8_t>(row.kind) &&
                  other.offset == row.offset && other.length == row.length;
         });
@@ -173,11 +181,11 @@ Status BlockClass::CheckManifest(const BlockKey& key, const BlockManifest& manif
 
 Status BlockClass::CheckLayer(int layer, const Cuts& cuts, std::span<const std::byte> bytes) const {
   KV_CHECK(bytes.size() >= BytesOf(cuts));
-  for (const SegmentKind kind : {SegmentKind::kKey, SegmentKind::kValue}) {
+  for (const SegmentKind kind : {SegmentKind::kKey, layout_.shape().value_kind()}) {
     const int count = kind == SegmentKind::kKey ? cuts.keys : cuts.values;
     size_t sizes[kernels::kMaxCuts] = {};
     for (int cut = 0; cut < count; ++cut) sizes[cut] = layout_.Row(kind, cut, layer).length;
-    KV_RETURN_IF_ERROR(codec_->check(kind, layout_.shape(),
+    KV_RETURN_IF_ERROR(codec_->check(kind, layout_.shape().Of(kind),
                                      layout_.Ranges(kind, layer, count, bytes.data()),
                                      std::span(sizes, static_cast<size_t>(count))));
   }

@@ -9,7 +9,7 @@ kernels::LayerTile FillTile(const kernels::PayloadLayout& layout, int layer, con
   tile.codec = &layout.codec();
   tile.shape = layout.shape();
   tile.keys = layout.Ranges(kernels::SegmentKind::kKey, layer, cuts.keys, payload.data());
-  tile.values = layout.Ranges(kernels::SegmentKind::kValue, layer, cuts.values, payload.data());
+  tile.values = layout.Ranges(layout.shape().value_kind(), layer, cuts.values, payload.data());
   return tile;
 }
 

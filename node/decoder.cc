@@ -1,16 +1,15 @@
 #include "node/decoder.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "base/check.h"
-#include "kernels/vector.h"
 
 namespace kvant::node {
 namespace {
 
 using kernels::LayerTile;
 using kernels::QueryBlock;
+using Pass = Activations::Pass;
 
 // Pieces of attention are fixed, so that neither the number of threads nor the batch decides how
 // partial softmaxes are merged. 16 query rows share one read of a tile; 8 blocks are 512 tokens,
@@ -18,201 +17,104 @@ using kernels::QueryBlock;
 constexpr int kPrefillRowsPerPiece = 16;
 constexpr int kBlocksPerPiece = 8;
 
-// A product of prefill always has all rows, one of decode as many as there are sequences.
-void PrefillProduct(const kernels::Weight& weight, const float* x, int /*rows*/, float* y,
-                    kernels::ThreadPool* pool) {
-  kernels::PrefillLinear(weight, x, y, pool);
-}
-void DecodeProduct(const kernels::Weight& weight, const float* x, int rows, float* y,
-                   kernels::ThreadPool* pool) {
-  kernels::DecodeLinear(weight, x, rows, y, pool);
-}
-
-// Some blocks of one decode row's past, or its open tile.
-struct DecodePiece {
-  int row = 0;
-  size_t first_tile = 0;
-  int tiles = 0;  // 0: the open tile
-};
-
 }  // namespace
 
-OpenTile::OpenTile(const ModelConfig& config)
-    : kv_width_(config.kv_width()),
-      data_(static_cast<size_t>(config.layers) * 2 * kBlockTokens *
-            static_cast<size_t>(config.kv_width())) {}
-
-size_t OpenTile::Offset(int layer, bool value, int token) const {
-  const int segment = layer * 2 + (value ? 1 : 0);
-  return static_cast<size_t>(segment * kBlockTokens + token) * static_cast<size_t>(kv_width_);
+OpenTile::OpenTile(const ModelConfig& config) {
+  const kernels::LayerShape state = config.StateShape(1);
+  key_width_ = static_cast<size_t>(state.keys.kv_heads * state.keys.head_dim);
+  value_width_ = static_cast<size_t>(state.values.kv_heads * state.values.head_dim);
+  const size_t tokens = static_cast<size_t>(config.layers) * kBlockTokens;
+  keys_.resize(tokens * key_width_);
+  values_.resize(tokens * value_width_);
 }
-const float* OpenTile::keys(int layer) const { return data_.data() + Offset(layer, false, 0); }
-const float* OpenTile::values(int layer) const { return data_.data() + Offset(layer, true, 0); }
 
-// The buffers of a forward pass and what prefill and decode do alike. Rows are a prefill's tokens
-// or a decode step's sequences.
-struct Decoder::Activations {
-  static constexpr int kRows = std::max(kBlockTokens, kMaxDecodeRows);
-  using Product = void (*)(const kernels::Weight&, const float* x, int rows, float* y,
-                           kernels::ThreadPool*);
-
-  Activations(const Model* for_model, kernels::ThreadPool* with_pool)
-      : model(*for_model),
-        config(for_model->config()),
-        pool(with_pool),
-        x(Rows(config.hidden)),
-        normed(Rows(config.hidden)),
-        projected(Rows(config.hidden)),
-        q(Rows(config.q_width())),
-        k(Rows(config.kv_width())),
-        v(Rows(config.kv_width())),
-        attended(Rows(config.q_width())),
-        gate(Rows(config.intermediate)),
-        up(Rows(config.intermediate)) {
-    ReservePartials(kRows);
-  }
-
-  static size_t Rows(int width) { return static_cast<size_t>(kRows) * static_cast<size_t>(width); }
-  float* Row(std::vector<float>& buffer, int row, int width) {
-    return buffer.data() + static_cast<size_t>(row) * static_cast<size_t>(width);
-  }
-
-  // Room for the partial softmaxes of `count` query rows.
-  void ReservePartials(size_t count) {
-    const auto heads = static_cast<size_t>(config.q_heads);
-    const auto width = static_cast<size_t>(config.q_width());
-    if (max.size() >= count * heads) return;
-    max.resize(count * heads);
-    sum.resize(count * heads);
-    weighted.resize(count * width);
-  }
-
-  // `rows` queries from q row `first_row` on, whose partials are kept from `first_partial` on.
-  QueryBlock Queries(int first_row, int rows, size_t first_partial) {
-    const auto heads = static_cast<size_t>(config.q_heads);
-    QueryBlock block;
-    block.rows = rows;
-    block.q_heads = config.q_heads;
-    block.q = Row(q, first_row, config.q_width());
-    block.scale = 1.0F / std::sqrt(static_cast<float>(config.head_dim));
-    block.max = max.data() + first_partial * heads;
-    block.sum = sum.data() + first_partial * heads;
-    block.weighted = weighted.data() + first_partial * static_cast<size_t>(config.q_width());
-    return block;
-  }
-
-  // x -> q, k, v with rotary positions. position_of(row) is asked for the first `rows` rows.
-  template <typename PositionOf>
-  void ProjectQkv(const LayerWeights& layer, Product product, int rows,
-                  const PositionOf& position_of) {
-    kernels::RmsNorm(x.data(), layer.attention_norm, rows, config.hidden, config.rms_norm_eps,
-                     normed.data());
-    product(layer.query, normed.data(), rows, q.data(), pool);  // [rows][q_heads][head_dim]
-    product(layer.key, normed.data(), rows, k.data(), pool);    // [rows][kv_heads][head_dim]
-    product(layer.value, normed.data(), rows, v.data(), pool);  // [rows][kv_heads][head_dim]
-    for (int row = 0; row < rows; ++row) {
-      model.rope().Apply(Row(q, row, config.q_width()), config.q_heads, position_of(row));
-      model.rope().Apply(Row(k, row, config.kv_width()), config.kv_heads, position_of(row));
-    }
-  }
-
-  // x += output(attended); x += mlp(x).
-  void FinishLayer(const LayerWeights& layer, Product product, int rows) {
-    const size_t residual = static_cast<size_t>(rows) * static_cast<size_t>(config.hidden);
-    product(layer.output, attended.data(), rows, projected.data(), pool);  // [rows][hidden]
-    kernels::AddInPlace(x.data(), projected.data(), residual);
-
-    kernels::RmsNorm(x.data(), layer.mlp_norm, rows, config.hidden, config.rms_norm_eps,
-                     normed.data());
-    product(layer.gate, normed.data(), rows, gate.data(), pool);  // [rows][intermediate]
-    product(layer.up, normed.data(), rows, up.data(), pool);      // [rows][intermediate]
-    kernels::SiluMultiply(gate.data(), up.data(),
-                          static_cast<size_t>(rows) * static_cast<size_t>(config.intermediate));
-    product(layer.down, gate.data(), rows, projected.data(), pool);  // [rows][hidden]
-    kernels::AddInPlace(x.data(), projected.data(), residual);
-  }
-
-  // logits[rows][vocab] = output(norm(x)).
-  void Logits(Product product, int rows, float* logits) {
-    kernels::RmsNorm(x.data(), model.final_norm(), rows, config.hidden, config.rms_norm_eps,
-                     normed.data());
-    product(model.output(), normed.data(), rows, logits, pool);
-  }
-
-  // Appends one layer of all of a past's blocks to `tiles`.
-  Status CollectTiles(PastBlocks* past, int layer) {
-    for (int block = 0; block < past->blocks(); ++block) {
-      LayerTile& tile = tiles.emplace_back();
-      KV_RETURN_IF_ERROR(past->Layer(block, layer, &tile));
-      KV_DCHECK(tile.shape.kv_heads == config.kv_heads && tile.shape.head_dim == config.head_dim);
-    }
-    return OkStatus();
-  }
-
-  const Model& model;
-  const ModelConfig& config;
-  kernels::ThreadPool* pool;
-  std::vector<float> x;          // [kRows][hidden], the residual stream
-  std::vector<float> normed;     // [kRows][hidden]
-  std::vector<float> projected;  // [kRows][hidden]
-  std::vector<float> q;          // [kRows][q_heads][head_dim]
-  std::vector<float> k;          // [kRows][kv_heads][head_dim]
-  std::vector<float> v;          // [kRows][kv_heads][head_dim]
-  std::vector<float> attended;   // [kRows][q_heads][head_dim]
-  std::vector<float> gate;       // [kRows][intermediate]
-  std::vector<float> up;         // [kRows][intermediate]
-  // Partial softmaxes; as many query rows as a step needs.
-  std::vector<float> max;        // [partials][q_heads]
-  std::vector<float> sum;        // [partials][q_heads]
-  std::vector<float> weighted;   // [partials][q_heads][head_dim]
-  std::vector<LayerTile> tiles;  // of the layer under work
-  std::vector<DecodePiece> pieces;
-  std::vector<float> padded_logits;  // [kBlockTokens][vocab], once prefill was asked for logits
-};
+float* OpenTile::Keys(int layer, int token) {
+  return keys_.data() + static_cast<size_t>(layer * kBlockTokens + token) * key_width_;
+}
+float* OpenTile::Values(int layer, int token) {
+  return values_.data() + static_cast<size_t>(layer * kBlockTokens + token) * value_width_;
+}
+const float* OpenTile::keys(int layer) const {
+  return keys_.data() + static_cast<size_t>(layer * kBlockTokens) * key_width_;
+}
+const float* OpenTile::values(int layer) const {
+  return values_.data() + static_cast<size_t>(layer * kBlockTokens) * value_width_;
+}
 
 Decoder::Decoder(const Model* model, kernels::ThreadPool* pool)
-    : model_(model), pool_(pool), activations_(std::make_unique<Activations>(model, pool)) {}
-Decoder::~Decoder() = default;
+    : model_(model), pool_(pool), a_(model, pool) {}
+
+Status Decoder::CollectTiles(PastBlocks* past, int layer, int first) {
+  for (int block = first; block < past->blocks(); ++block) {
+    LayerTile& tile = tiles_.emplace_back();
+    KV_RETURN_IF_ERROR(past->Layer(block, layer, &tile));
+    KV_DCHECK(tile.shape == model_->config().StateShape(tile.shape.keys.tokens));
+  }
+  return OkStatus();
+}
+
+// Rows attend tiles_, which begin at block `first_block`, and the block's own tokens.
+void Decoder::AttendBlock(const PrefillBlock& block, int layer, int first_block) {
+  const ModelConfig& config = model_->config();
+  const int tokens = static_cast<int>(block.tokens.size());
+  const int value_dim = a_.state().values.head_dim;
+  const bool window = config.Window(layer) != 0;
+  const int pieces = (tokens + kPrefillRowsPerPiece - 1) / kPrefillRowsPerPiece;
+  pool_->ParallelFor(pieces, [&](int piece) {
+    const int first = piece * kPrefillRowsPerPiece;
+    const int end = std::min(first + kPrefillRowsPerPiece, tokens);
+    const QueryBlock queries = a_.Queries(first, end - first, static_cast<size_t>(first));
+    kernels::InitPartials(queries, value_dim);
+    // What each row sees of tokens that begin at `position`.
+    int seen_from[kPrefillRowsPerPiece];
+    const auto see_from = [&](int position) {
+      for (int row = first; row < end; ++row) {
+        seen_from[row - first] = config.FirstVisible(layer, block.position + row) - position;
+      }
+      return window ? seen_from : nullptr;
+    };
+    for (size_t i = 0; i < tiles_.size(); ++i) {
+      const int position = (first_block + static_cast<int>(i)) * kBlockTokens;
+      kernels::AttendTile(queries, tiles_[i], {see_from(position), nullptr});
+    }
+    int seen_to[kPrefillRowsPerPiece];  // causal: a token sees itself and what stands before it
+    for (int row = first; row < end; ++row) seen_to[row - first] = row + 1;
+    kernels::AttendRaw(queries, {a_.k.data(), a_.v.data(), config.StateShape(end)},
+                       {see_from(block.position), seen_to});
+    kernels::FinishPartials(queries, value_dim, a_.Row(a_.attended, first, a_.attended_width()));
+  });
+}
 
 Status Decoder::ForwardBlock(const PrefillBlock& block, const LayerSink& sink, bool to_the_end) {
-  Activations& a = *activations_;
-  const ModelConfig& config = a.config;
+  const ModelConfig& config = model_->config();
   const int tokens = static_cast<int>(block.tokens.size());
   KV_CHECK(tokens >= 1 && tokens <= kBlockTokens);
   KV_CHECK(block.position % kBlockTokens == 0 && block.past->tokens() == block.position);
   KV_CHECK(block.position + tokens <= config.max_positions);
   static_assert(kBlockTokens == kernels::kPrefillRows, "a block is one product of prefill");
-  int visible[kBlockTokens];  // causal: a token sees itself and what stands before it
-  for (int row = 0; row < kBlockTokens; ++row) visible[row] = row + 1;
 
   // The rows of padding are computed like any other and looked at by nobody.
-  std::fill(a.x.begin(), a.x.end(), 0.0F);
-  std::fill(a.attended.begin(), a.attended.end(), 0.0F);
+  std::fill(a_.x.begin(), a_.x.end(), 0.0F);
+  std::fill(a_.attended.begin(), a_.attended.end(), 0.0F);
+  int positions[kBlockTokens];
+  for (int row = 0; row < kBlockTokens; ++row) {
+    positions[row] = block.position + std::min(row, tokens - 1);
+  }
   for (int row = 0; row < tokens; ++row) {
-    model_->Embed(block.tokens[static_cast<size_t>(row)], a.Row(a.x, row, config.hidden));
+    model_->Embed(block.tokens[static_cast<size_t>(row)], a_.Row(a_.x, row, config.hidden));
   }
   for (int layer = 0; layer < config.layers; ++layer) {
-    const LayerWeights& weights = model_->layer(layer);
-    a.ProjectQkv(weights, PrefillProduct, kBlockTokens,
-                 [&](int row) { return block.position + std::min(row, tokens - 1); });
-    KV_RETURN_IF_ERROR(sink(layer, a.k.data(), a.v.data()));
+    a_.ProjectState(layer, Pass::kPrefill, positions);
+    KV_RETURN_IF_ERROR(sink(layer, a_.k.data(), a_.v.data()));
     // Nobody reads what the last layer would add to the stream, unless for logits.
     if (layer + 1 == config.layers && !to_the_end) break;
 
-    a.tiles.clear();
-    KV_RETURN_IF_ERROR(a.CollectTiles(block.past, layer));
-    const int pieces = (tokens + kPrefillRowsPerPiece - 1) / kPrefillRowsPerPiece;
-    pool_->ParallelFor(pieces, [&](int piece) {
-      const int first = piece * kPrefillRowsPerPiece;
-      const int end = std::min(first + kPrefillRowsPerPiece, tokens);
-      const QueryBlock queries = a.Queries(first, end - first, static_cast<size_t>(first));
-      kernels::InitPartials(queries, config.head_dim);
-      for (const LayerTile& tile : a.tiles) kernels::AttendTile(queries, tile);
-      kernels::AttendRaw(queries, a.k.data(), a.v.data(), end, config.kv_heads, config.head_dim,
-                         visible + first);
-      kernels::FinishPartials(queries, config.head_dim, a.Row(a.attended, first, config.q_width()));
-    });
-    a.FinishLayer(weights, PrefillProduct, kBlockTokens);
+    const int first_block = config.FirstVisible(layer, block.position) / kBlockTokens;
+    tiles_.clear();
+    KV_RETURN_IF_ERROR(CollectTiles(block.past, layer, first_block));
+    AttendBlock(block, layer, first_block);
+    a_.FinishAttention(layer, Pass::kPrefill, kBlockTokens);
+    a_.Mlp(layer, Pass::kPrefill, kBlockTokens);
   }
   return OkStatus();
 }
@@ -220,99 +122,111 @@ Status Decoder::ForwardBlock(const PrefillBlock& block, const LayerSink& sink, b
 Status Decoder::Prefill(const PrefillBlock& block, const LayerSink& sink, float* logits) {
   KV_RETURN_IF_ERROR(ForwardBlock(block, sink, logits != nullptr));
   if (logits == nullptr) return OkStatus();
-  Activations& a = *activations_;
-  const auto vocab = static_cast<size_t>(a.config.vocab);
-  a.padded_logits.resize(kBlockTokens * vocab);
-  a.Logits(PrefillProduct, kBlockTokens, a.padded_logits.data());
-  std::copy_n(a.padded_logits.data(), block.tokens.size() * vocab, logits);
+  const auto vocab = static_cast<size_t>(model_->config().vocab);
+  padded_logits_.resize(kBlockTokens * vocab);
+  a_.Logits(Pass::kPrefill, kBlockTokens, padded_logits_.data());
+  std::copy_n(padded_logits_.data(), block.tokens.size() * vocab, logits);
   return OkStatus();
 }
 
 Status Decoder::PrefillTail(const PrefillBlock& block, OpenTile* open, float* logits) {
   KV_CHECK(open->tokens() == 0);
-  Activations& a = *activations_;
   const size_t tokens = block.tokens.size();
-  const size_t values = tokens * static_cast<size_t>(a.config.kv_width());
-  const LayerSink sink = [&](int layer, const float* keys, const float* vals) {
-    std::copy_n(keys, values, open->data_.data() + open->Offset(layer, false, 0));
-    std::copy_n(vals, values, open->data_.data() + open->Offset(layer, true, 0));
+  const LayerSink sink = [&](int layer, const float* keys, const float* values) {
+    std::copy_n(keys, tokens * open->key_width_, open->Keys(layer, 0));
+    std::copy_n(values, tokens * open->value_width_, open->Values(layer, 0));
     return OkStatus();
   };
   KV_RETURN_IF_ERROR(ForwardBlock(block, sink, true));
   open->tokens_ = static_cast<int>(tokens);
   // Only one row is looked at, so it is computed alone.
-  std::copy_n(a.Row(a.x, static_cast<int>(tokens) - 1, a.config.hidden), a.config.hidden,
-              a.x.data());
-  a.Logits(DecodeProduct, 1, logits);
+  std::copy_n(a_.Row(a_.x, static_cast<int>(tokens) - 1, a_.hidden()), a_.hidden(), a_.x.data());
+  a_.Logits(Pass::kDecode, 1, logits);
   return OkStatus();
 }
 
+Status Decoder::CutPieces(int row, const DecodeRow& from, int layer) {
+  const size_t first_tile = tiles_.size();
+  const int first_block = model_->config().FirstVisible(layer, from.position) / kBlockTokens;
+  KV_RETURN_IF_ERROR(CollectTiles(from.past, layer, first_block));
+  int position = first_block * kBlockTokens;
+  for (size_t tile = first_tile; tile < tiles_.size(); tile += kBlocksPerPiece) {
+    const auto count = static_cast<int>(std::min<size_t>(tiles_.size() - tile, kBlocksPerPiece));
+    pieces_.push_back({row, tile, count, position});
+    position += count * kBlockTokens;
+  }
+  pieces_.push_back({row, 0, 0, from.past->tokens()});
+  return OkStatus();
+}
+
+void Decoder::AttendPieces(std::span<const DecodeRow> rows, int layer) {
+  const ModelConfig& config = model_->config();
+  const int value_dim = a_.state().values.head_dim;
+  a_.ReservePartials(pieces_.size());
+  pool_->ParallelFor(static_cast<int>(pieces_.size()), [&](int index) {
+    const DecodePiece& piece = pieces_[static_cast<size_t>(index)];
+    const DecodeRow& row = rows[static_cast<size_t>(piece.row)];
+    const QueryBlock query = a_.Queries(piece.row, 1, static_cast<size_t>(index));
+    kernels::InitPartials(query, value_dim);
+    int seen_from = config.FirstVisible(layer, row.position) - piece.position;
+    for (int tile = 0; tile < piece.tiles; ++tile) {
+      kernels::AttendTile(query, tiles_[piece.first_tile + static_cast<size_t>(tile)],
+                          {&seen_from, nullptr});
+      seen_from -= kBlockTokens;
+    }
+    if (piece.tiles > 0) return;
+    const OpenTile& open = *row.open;
+    kernels::AttendRaw(query,
+                       {open.keys(layer), open.values(layer), config.StateShape(open.tokens() + 1)},
+                       {&seen_from, nullptr});
+  });
+  for (size_t index = 0; index < pieces_.size(); ++index) {
+    const int row = pieces_[index].row;
+    const QueryBlock into = a_.Queries(row, 1, index);
+    if (index > 0 && pieces_[index - 1].row == row) {
+      kernels::MergePartials(a_.Queries(row, 1, index - 1), into, value_dim);
+    }
+    const bool last = index + 1 == pieces_.size() || pieces_[index + 1].row != row;
+    if (last) {
+      kernels::FinishPartials(into, value_dim, a_.Row(a_.attended, row, a_.attended_width()));
+    }
+  }
+}
+
 void Decoder::DecodeStep(std::span<DecodeRow> rows, float* logits) {
-  Activations& a = *activations_;
-  const ModelConfig& config = a.config;
+  const ModelConfig& config = model_->config();
   const int count = static_cast<int>(rows.size());
   KV_CHECK(count >= 1 && count <= kMaxDecodeRows);
+  int positions[kMaxDecodeRows];
   for (int i = 0; i < count; ++i) {
     DecodeRow& row = rows[static_cast<size_t>(i)];
     KV_CHECK(!row.open->full() && row.position < config.max_positions);
     KV_CHECK(row.past->tokens() + row.open->tokens() == row.position);
     row.status = OkStatus();
-    model_->Embed(row.token, a.Row(a.x, i, config.hidden));
+    positions[i] = row.position;
+    model_->Embed(row.token, a_.Row(a_.x, i, config.hidden));
   }
   for (int layer = 0; layer < config.layers; ++layer) {
-    const LayerWeights& weights = model_->layer(layer);
-    a.ProjectQkv(weights, DecodeProduct, count,
-                 [&](int row) { return rows[static_cast<size_t>(row)].position; });
-
+    a_.ProjectState(layer, Pass::kDecode, std::span(positions, static_cast<size_t>(count)));
     // Keys and values go to a slot behind the open tile's last token, which counts only at the end.
-    a.tiles.clear();
-    a.pieces.clear();
+    tiles_.clear();
+    pieces_.clear();
     for (int i = 0; i < count; ++i) {
       DecodeRow& row = rows[static_cast<size_t>(i)];
       // A failed row runs on without attention: the others' bits do not depend on it.
-      std::fill_n(a.Row(a.attended, i, config.q_width()), config.q_width(), 0.0F);
+      std::fill_n(a_.Row(a_.attended, i, a_.attended_width()), a_.attended_width(), 0.0F);
       if (!row.status.ok()) continue;
-      std::copy_n(a.Row(a.k, i, config.kv_width()), config.kv_width(),
-                  row.open->data_.data() + row.open->Offset(layer, false, row.open->tokens()));
-      std::copy_n(a.Row(a.v, i, config.kv_width()), config.kv_width(),
-                  row.open->data_.data() + row.open->Offset(layer, true, row.open->tokens()));
-      const size_t first_tile = a.tiles.size();
-      row.status = a.CollectTiles(row.past, layer);
-      if (!row.status.ok()) continue;
-      for (size_t tile = first_tile; tile < a.tiles.size(); tile += kBlocksPerPiece) {
-        const size_t left = a.tiles.size() - tile;
-        a.pieces.push_back({i, tile, static_cast<int>(std::min<size_t>(left, kBlocksPerPiece))});
-      }
-      a.pieces.push_back({i, 0, 0});
+      OpenTile& open = *row.open;
+      std::copy_n(a_.Row(a_.k, i, a_.key_width()), a_.key_width(), open.Keys(layer, open.tokens()));
+      std::copy_n(a_.Row(a_.v, i, a_.value_width()), a_.value_width(),
+                  open.Values(layer, open.tokens()));
+      row.status = CutPieces(i, row, layer);
     }
-
-    a.ReservePartials(a.pieces.size());
-    pool_->ParallelFor(static_cast<int>(a.pieces.size()), [&](int index) {
-      const DecodePiece& piece = a.pieces[static_cast<size_t>(index)];
-      const QueryBlock query = a.Queries(piece.row, 1, static_cast<size_t>(index));
-      kernels::InitPartials(query, config.head_dim);
-      for (int tile = 0; tile < piece.tiles; ++tile) {
-        kernels::AttendTile(query, a.tiles[piece.first_tile + static_cast<size_t>(tile)]);
-      }
-      if (piece.tiles > 0) return;
-      const OpenTile& open = *rows[static_cast<size_t>(piece.row)].open;
-      kernels::AttendRaw(query, open.keys(layer), open.values(layer), open.tokens() + 1,
-                         config.kv_heads, config.head_dim, nullptr);
-    });
-    for (size_t index = 0; index < a.pieces.size(); ++index) {
-      const int row = a.pieces[index].row;
-      const QueryBlock into = a.Queries(row, 1, index);
-      if (index > 0 && a.pieces[index - 1].row == row) {
-        kernels::MergePartials(a.Queries(row, 1, index - 1), into, config.head_dim);
-      }
-      const bool last = index + 1 == a.pieces.size() || a.pieces[index + 1].row != row;
-      if (last) {
-        kernels::FinishPartials(into, config.head_dim, a.Row(a.attended, row, config.q_width()));
-      }
-    }
-    a.FinishLayer(weights, DecodeProduct, count);
+    AttendPieces(rows, layer);
+    a_.FinishAttention(layer, Pass::kDecode, count);
+    a_.Mlp(layer, Pass::kDecode, count);
   }
-  a.Logits(DecodeProduct, count, logits);
+  a_.Logits(Pass::kDecode, count, logits);
   for (DecodeRow& row : rows) {
     if (row.status.ok()) ++row.open->tokens_;
   }

@@ -18,6 +18,7 @@
 #include "base/status.h"
 #include "kernels/attention.h"
 #include "kernels/linear.h"
+#include "node/activations.h"
 #include "node/model.h"
 
 namespace kvant::node {
@@ -25,10 +26,11 @@ namespace kvant::node {
 // Tokens of a block, and rows of a prefill.
 inline constexpr int kBlockTokens = kernels::kPrefillRows;
 // Rows that one DecodeStep may have.
-inline constexpr int kMaxDecodeRows = 64;
+inline constexpr int kMaxDecodeRows = Activations::kRows;
 
-// The encoded blocks of one sequence's past, oldest first. Called only on the thread that called
-// the Decoder.
+// The encoded blocks of one sequence's past, oldest first; kBlockTokens tokens each. Called only on
+// the thread that called the Decoder, and of a layer with a window only for blocks that reach into
+// it.
 class PastBlocks {
  public:
   virtual ~PastBlocks() = default;
@@ -40,24 +42,27 @@ class PastBlocks {
   virtual Status Layer(int block, int layer, kernels::LayerTile* out) = 0;
 };
 
-// Raw fp32 keys and values of the tokens since a sequence's last encoded block. Single-owner.
+// Raw fp32 state of the tokens since a sequence's last encoded block: keys and values, or rope keys
+// and latents (ModelConfig::StateShape). Single-owner.
 class OpenTile {
  public:
   explicit OpenTile(const ModelConfig& config);
   int tokens() const { return tokens_; }
   bool full() const { return tokens_ == kBlockTokens; }
-  const float* keys(int layer) const;    // [tokens][kv_heads][head_dim], rope applied
-  const float* values(int layer) const;  // [tokens][kv_heads][head_dim]
+  const float* keys(int layer) const;    // [tokens][keys.kv_heads][keys.head_dim], rope applied
+  const float* values(int layer) const;  // [tokens][values.kv_heads][values.head_dim]
   void Clear() { tokens_ = 0; }
 
  private:
   friend class Decoder;
-  // Where data_ holds a token's keys or values of one layer.
-  size_t Offset(int layer, bool value, int token) const;
+  float* Keys(int layer, int token);
+  float* Values(int layer, int token);
 
-  int kv_width_;
+  size_t key_width_;
+  size_t value_width_;
   int tokens_ = 0;
-  std::vector<float> data_;  // [layers][keys, values][kBlockTokens][kv_heads][head_dim]
+  std::vector<float> keys_;    // [layers][kBlockTokens][key_width]
+  std::vector<float> values_;  // [layers][kBlockTokens][value_width]
 };
 
 // A block to compute. REQUIRES: past->tokens() == position and a multiple of kBlockTokens; tokens
@@ -68,9 +73,9 @@ struct PrefillBlock {
   PastBlocks* past = nullptr;
 };
 
-// Takes a layer's keys (rope applied) and values as they are computed:
-// [tokens][kv_heads][head_dim], valid for the call. Layers come in order. An error ends the prefill
-// with it.
+// Takes a layer's keys (rope applied) and values, or rope keys and latents, as they are computed:
+// [tokens][kv_heads][head_dim] of ModelConfig::StateShape, valid for the call. Layers come in
+// order. An error ends the prefill with it.
 using LayerSink = std::function<Status(int layer, const float* keys, const float* values)>;
 
 // One sequence's next token. REQUIRES: past->tokens() + open->tokens() == position <
@@ -88,7 +93,6 @@ class Decoder {
  public:
   // Both are borrowed. REQUIRES: kernels::LoadBlas() was ok before the first Prefill.
   Decoder(const Model* model, kernels::ThreadPool* pool);
-  ~Decoder();
   Decoder(const Decoder&) = delete;
   Decoder& operator=(const Decoder&) = delete;
 
@@ -106,13 +110,29 @@ class Decoder {
   void DecodeStep(std::span<DecodeRow> rows, float* logits);
 
  private:
-  struct Activations;
+  // Some blocks of one decode row's past, or its open tile.
+  struct DecodePiece {
+    int row = 0;
+    size_t first_tile = 0;  // index into tiles_
+    int tiles = 0;          // 0: the open tile
+    int position = 0;       // of the first tile's first token
+  };
+
   // Leaves the last layer's output in the residual stream, if `to_the_end`.
   Status ForwardBlock(const PrefillBlock& block, const LayerSink& sink, bool to_the_end);
+  void AttendBlock(const PrefillBlock& block, int layer, int first_block);
+  // Cuts one row's past and open tile into pieces_.
+  Status CutPieces(int row, const DecodeRow& from, int layer);
+  void AttendPieces(std::span<const DecodeRow> rows, int layer);
+  // Appends one layer of a past's blocks from `first` on to tiles_.
+  Status CollectTiles(PastBlocks* past, int layer, int first);
 
   const Model* model_;
   kernels::ThreadPool* pool_;
-  std::unique_ptr<Activations> activations_;
+  Activations a_;
+  std::vector<kernels::LayerTile> tiles_;  // of the layer under work
+  std::vector<DecodePiece> pieces_;
+  std::vector<float> padded_logits_;  // [kBlockTokens][vocab], once prefill was asked for logits
 };
 
 }  // namespace kvant::node

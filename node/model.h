@@ -13,27 +13,56 @@
 #include "kernels/linear.h"
 #include "kernels/vector.h"
 #include "node/config.h"
-#include "node/safetensors.h"
 #include "node/tokenizer.h"
+#include "node/weight_source.h"
 
 namespace kvant::node {
 
-// One transformer layer. Borrowed from its Model.
-struct LayerWeights {
-  const float* attention_norm = nullptr;  // [hidden]
-  kernels::Weight query;                  // [q_heads * head_dim][hidden]
-  kernels::Weight key;                    // [kv_heads * head_dim][hidden]
-  kernels::Weight value;                  // [kv_heads * head_dim][hidden]
-  kernels::Weight output;                 // [hidden][q_heads * head_dim]
-  const float* mlp_norm = nullptr;        // [hidden]
-  kernels::Weight gate;                   // [intermediate][hidden]
-  kernels::Weight up;                     // [intermediate][hidden]
-  kernels::Weight down;                   // [hidden][intermediate]
+// A gated MLP.
+struct MlpWeights {
+  kernels::Weight gate;  // [intermediate][hidden]
+  kernels::Weight up;    // [intermediate][hidden]
+  kernels::Weight down;  // [hidden][intermediate]
 };
 
-// Immutable, Thread-safe; one is shared by all decoders of a process. bf16 weights are read where
-// they lie in the mapped file and expanded to fp32 once for prefill; fp16 and fp32 checkpoints have
-// fp32 only (Weight::bf16 is null), because bf16 would lose bits.
+// Multi-head latent attention, absorbed: what made a head's key of a latent is put into its query,
+// and its value is made of the sum of latents (DeepSeek-V2, section 2.1.2).
+struct LatentWeights {
+  kernels::Weight query_down;             // [q_rank][hidden]; empty without q_rank
+  const float* query_norm = nullptr;      // [q_rank]
+  kernels::Weight down;                   // [kv_rank + rope_dim][hidden]
+  const float* norm = nullptr;            // [kv_rank]
+  std::vector<kernels::Weight> key_up;    // of each head: [kv_rank][nope_dim]
+  std::vector<kernels::Weight> value_up;  // of each head: [value_dim][kv_rank]
+};
+
+// One transformer layer. Borrowed from its Model. Norms have the 1 added where the architecture
+// says so. What an architecture lacks is null or empty.
+struct LayerWeights {
+  const float* attention_norm = nullptr;  // [hidden]
+  kernels::Weight query;                  // [q_width][hidden], or [q_width][q_rank]
+  kernels::Weight key;                    // [kv_heads * head_dim][hidden]
+  kernels::Weight value;                  // [kv_heads * head_dim][hidden]
+  kernels::Weight output;                 // [hidden][q_heads * value_dim]
+  const float* query_bias = nullptr;      // [q_heads * head_dim]
+  const float* key_bias = nullptr;        // [kv_heads * head_dim]
+  const float* value_bias = nullptr;      // [kv_heads * head_dim]
+  const float* output_bias = nullptr;     // [hidden]
+  const float* query_norm = nullptr;      // [head_dim]
+  const float* key_norm = nullptr;        // [head_dim]
+  LatentWeights latent;
+  const float* post_attention_norm = nullptr;  // [hidden], of what attention adds
+  const float* mlp_norm = nullptr;             // [hidden]
+  MlpWeights mlp;                              // in a mixture: the shared experts as one
+  const float* post_mlp_norm = nullptr;        // [hidden], of what the MLP adds
+  kernels::Weight router;                      // [experts][hidden]
+  const float* router_bias = nullptr;          // [experts], of the choice alone
+  std::vector<MlpWeights> experts;
+};
+
+// Immutable, Thread-safe; one is shared by all decoders of a process. bf16 and fp32 weights are
+// read where they lie in the mapped file; fp16 ones are expanded to fp32, because bf16 would lose
+// bits.
 class Model {
  public:
   // Reads config.json, tokenizer.json and the safetensors of `directory`; touches every byte once
@@ -49,7 +78,10 @@ class Model {
   const float* final_norm() const { return final_norm_; }          // [hidden]
   const kernels::Weight& embedding() const { return embedding_; }  // [vocab][hidden]
   const kernels::Weight& output() const { return output_; }        // [vocab][hidden]
-  const kernels::RopeTable& rope() const { return *rope_; }        // max_positions of the config
+  // Of the config's max_positions.
+  const kernels::RopeTable& rope(int layer) const {
+    return local_rope_ != nullptr && config_.Window(layer) != 0 ? *local_rope_ : *rope_;
+  }
   // Writes the embedding of `token` to out[hidden]. REQUIRES: 0 <= token < vocab.
   void Embed(int32_t token, float* out) const;
   // SHA-256 over what the bytes of a block depend on besides its tokens: the configuration and
@@ -63,15 +95,17 @@ class Model {
 
   ModelConfig config_;
   std::unique_ptr<Tokenizer> tokenizer_;
-  std::unique_ptr<Checkpoint> checkpoint_;
+  std::unique_ptr<WeightSource> weights_;
   std::unique_ptr<kernels::RopeTable> rope_;
+  std::unique_ptr<kernels::RopeTable> local_rope_;  // sliding layers' own, if they have one
   std::vector<LayerWeights> layers_;
   const float* final_norm_ = nullptr;
   kernels::Weight embedding_;
   kernels::Weight output_;
-  // fp32 copies, and bf16 copies of tensors at odd addresses, that the weights point into.
+  // Copies that the weights point into: fp32 of what was fp16 or had 1 added; bf16 of tensors at
+  // odd addresses or transposed.
   std::vector<std::unique_ptr<float[]>> expanded_;
-  std::vector<std::unique_ptr<uint16_t[]>> realigned_;
+  std::vector<std::unique_ptr<uint16_t[]>> halves_;
   Digest digest_{};
 };
 

@@ -25,7 +25,9 @@ kernels::SegmentKind KindOf(const ManifestRow& row) {
 Selection SelectionOf(const Cuts& cuts) {
   Selection selection;
   selection.cuts[static_cast<size_t>(Part::kKeys)] = static_cast<uint8_t>(cuts.keys);
+  // A block has values or latents, never both.
   selection.cuts[static_cast<size_t>(Part::kValues)] = static_cast<uint8_t>(cuts.values);
+  selection.cuts[static_cast<size_t>(Part::kState)] = static_cast<uint8_t>(cuts.values);
   return selection;
 }
 

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -56,7 +57,13 @@ struct Queries {
   QueryBlock block;
 };
 
-// Softmax attention in double over decoded keys and values; visible as in AttendRaw.
+// fp32 tokens of one shape for keys and values.
+RawTokens Raw(const std::vector<float>& keys, const std::vector<float>& values,
+              const SegmentShape& shape) {
+  return {keys.data(), values.data(), KeysAndValues(shape)};
+}
+
+// Softmax attention in double over decoded keys and values; row r sees visible[r] tokens.
 std::vector<double> Oracle(const Queries& queries, const SegmentShape& shape,
                            const std::vector<float>& keys, const std::vector<float>& values,
                            const int* visible) {
@@ -113,7 +120,7 @@ struct Block {
     values = Encode(*codec, SegmentKind::kValue, shape, x_values.data());
   }
   LayerTile Tile(int key_cuts, int value_cuts) const {
-    return {codec, shape, keys.Ranges(key_cuts), values.Ranges(value_cuts)};
+    return {codec, KeysAndValues(shape), keys.Ranges(key_cuts), values.Ranges(value_cuts)};
   }
   std::vector<float> Keys(int cuts) const {
     return Decode(*codec, SegmentKind::kKey, shape, keys, cuts);
@@ -183,7 +190,7 @@ TEST(AttendRawTest, CausalRowsAgreeWithTheOracle) {
   std::vector<int> visible;
   for (int r = 0; r < 64; ++r) visible.push_back(r + 1);
   Queries queries(64, 8, 64, &random);
-  AttendRaw(queries.block, keys.data(), values.data(), 64, 2, 64, visible.data());
+  AttendRaw(queries.block, Raw(keys, values, shape), {nullptr, visible.data()});
   EXPECT_LE(RelativeError(queries.Finish(), Oracle(queries, shape, keys, values, visible.data())),
             kTolerance);
 }
@@ -207,8 +214,8 @@ TEST(AttendRawTest, InvisibleTokensAreNeverRead) {
       poisoned_keys[i] = std::numeric_limits<float>::quiet_NaN();
       poisoned_values[i] = std::numeric_limits<float>::infinity();
     }
-    AttendRaw(masked.block, poisoned_keys.data(), poisoned_values.data(), kTokens, 1, 64, seen);
-    AttendRaw(alone.block, keys.data(), values.data(), visible, 1, 64, nullptr);
+    AttendRaw(masked.block, Raw(poisoned_keys, poisoned_values, shape), {nullptr, seen});
+    if (visible > 0) AttendRaw(alone.block, Raw(keys, values, {visible, 1, 64}));
     EXPECT_EQ(masked.weighted, alone.weighted) << visible;
     EXPECT_EQ(masked.max, alone.max);
     EXPECT_EQ(masked.sum, alone.sum);
@@ -224,9 +231,101 @@ TEST(AttendRawTest, RawTokensAndRawFp32TilesAgreeToTheBit) {
   Random two(17);
   Queries raw(3, 4, 64, &two);
   AttendTile(tile.block, block.Tile(1, 1));
-  AttendRaw(raw.block, block.x_keys.data(), block.x_values.data(), 50, 2, 64, nullptr);
+  AttendRaw(raw.block, Raw(block.x_keys, block.x_values, shape));
   EXPECT_EQ(tile.weighted, raw.weighted);
   EXPECT_EQ(tile.sum, raw.sum);
+}
+
+// A window: what stands before its first token counts for nothing, in a tile and raw.
+TEST(AttentionTest, ARowSeesItsWindowAndNoMore) {
+  Random random(26);
+  const SegmentShape shape = {64, 2, 64};
+  for (const Codec* codec : Codecs()) {
+    const Block block(*codec, shape, &random);
+    const int begin[] = {-5, 0, 1, 17, 63, 64, 200};
+    const int end[] = {64, 40, 2, 18, 64, 64, 64};
+    constexpr int kRows = 7;
+    Random one(27);
+    Queries tile(kRows, 4, 64, &one);
+    AttendTile(tile.block, block.Tile(codec->key_cuts, codec->value_cuts), {begin, end});
+    const std::vector<float> keys = block.Keys(codec->key_cuts);
+    const std::vector<float> values = block.Values(codec->value_cuts);
+    Random two(27);
+    Queries raw(kRows, 4, 64, &two);
+    AttendRaw(raw.block, Raw(keys, values, shape), {begin, end});
+    for (int row = 0; row < kRows; ++row) {
+      const int first = std::clamp(begin[row], 0, 64);
+      const int count = std::max(0, end[row] - first);
+      Random three(27);
+      Queries whole(kRows, 4, 64, &three);
+      const QueryBlock alone = whole.Rows(row, 1);
+      if (count > 0) {
+        const auto skipped = static_cast<size_t>(first) * 128;
+        AttendRaw(alone,
+                  {keys.data() + skipped, values.data() + skipped, KeysAndValues({count, 2, 64})});
+      }
+      std::vector<float> expected(4 * 64);
+      FinishPartials(alone, 64, expected.data());
+      for (Queries* found : {&tile, &raw}) {
+        std::vector<float> out(4 * 64);
+        FinishPartials(found->Rows(row, 1), 64, out.data());
+        for (size_t i = 0; i < out.size(); ++i) {
+          ASSERT_NEAR(out[i], expected[i], 2e-5) << codec->name << " row " << row;
+        }
+      }
+    }
+  }
+}
+
+// Latents against keys and values made of them by hand: key = rope key and latent, value = latent.
+TEST(AttentionTest, LatentsAreKeysAndValues) {
+  Random random(28);
+  constexpr int kTokens = 50;
+  constexpr int kRope = 16;
+  constexpr int kRank = 72;
+  const LayerShape shape = {{kTokens, 1, kRope}, {kTokens, 1, kRank}, true};
+  const std::vector<float> x_keys = MakeSegment(shape.keys, &random);
+  const std::vector<float> x_latents = MakeSegment(shape.values, &random);
+  for (const Codec* codec : Codecs()) {
+    const EncodedSegment keys = Encode(*codec, SegmentKind::kKey, shape.keys, x_keys.data());
+    const EncodedSegment latents =
+        Encode(*codec, SegmentKind::kLatent, shape.values, x_latents.data());
+    const std::vector<float> rope =
+        Decode(*codec, SegmentKind::kKey, shape.keys, keys, codec->key_cuts);
+    const std::vector<float> latent =
+        Decode(*codec, SegmentKind::kLatent, shape.values, latents, codec->value_cuts);
+    std::vector<float> wide_keys;
+    std::vector<float> wide_values;
+    for (int t = 0; t < kTokens; ++t) {
+      wide_keys.insert(wide_keys.end(), rope.begin() + t * kRope, rope.begin() + (t + 1) * kRope);
+      wide_keys.insert(wide_keys.end(), latent.begin() + t * kRank,
+                       latent.begin() + (t + 1) * kRank);
+      wide_values.insert(wide_values.end(), latent.begin() + t * kRank,
+                         latent.begin() + (t + 1) * kRank);
+      wide_values.insert(wide_values.end(), kRope, 0.0F);
+    }
+    Random one(29);
+    Queries found(3, 5, kRope + kRank, &one);
+    AttendTile(found.block,
+               {codec, shape, keys.Ranges(codec->key_cuts), latents.Ranges(codec->value_cuts)});
+    Random two(29);
+    Queries raw(3, 5, kRope + kRank, &two);
+    AttendRaw(raw.block, {rope.data(), latent.data(), shape});
+    Random three(29);
+    Queries expected(3, 5, kRope + kRank, &three);
+    AttendRaw(expected.block, Raw(wide_keys, wide_values, {kTokens, 1, kRope + kRank}));
+    const std::vector<float> wide = expected.Finish();
+    std::vector<float> narrow(3 * 5 * kRank);
+    std::vector<float> narrow_raw(narrow.size());
+    FinishPartials(found.block, kRank, narrow.data());
+    FinishPartials(raw.block, kRank, narrow_raw.data());
+    for (size_t v = 0; v < 15; ++v) {
+      for (size_t c = 0; c < kRank; ++c) {
+        ASSERT_NEAR(narrow[v * kRank + c], wide[v * (kRope + kRank) + c], 2e-5) << codec->name;
+        ASSERT_NEAR(narrow_raw[v * kRank + c], wide[v * (kRope + kRank) + c], 2e-5);
+      }
+    }
+  }
 }
 
 TEST(AttentionTest, ARowDoesNotKnowItsCompany) {
@@ -239,7 +338,7 @@ TEST(AttentionTest, ARowDoesNotKnowItsCompany) {
     const auto attend = [&](const QueryBlock& part) {
       AttendTile(part, first.Tile(codec->key_cuts, 1));
       AttendTile(part, second.Tile(codec->key_cuts, 1));
-      AttendRaw(part, first.x_keys.data(), first.x_values.data(), 20, 2, 96, nullptr);
+      AttendRaw(part, Raw(first.x_keys, first.x_values, {20, 2, 96}));
     };
     Random one(19);
     Queries together(kRows, 6, 96, &one);
@@ -263,17 +362,18 @@ TEST(AttentionTest, EveryImplementationGivesTheBitsOfTheReference) {
     for (const int head_dim : {64, 72, 256}) {
       const SegmentShape shape = {1 + static_cast<int>(random.Below(64)), 2, head_dim};
       const Block block(*codec, shape, &random);
-      const RawTokens raw = {block.x_keys.data(), block.x_values.data(), shape};
-      const int visible[] = {shape.tokens, shape.tokens / 2};
+      const RawTokens raw = Raw(block.x_keys, block.x_values, shape);
+      const int end[] = {shape.tokens, shape.tokens / 2};
+      const Visible visible = {nullptr, end};
       Random one(24);
       Queries expected(2, 6, head_dim, &one);
-      Implementations().back()->attend_tile(expected.block, block.Tile(1, 1));
+      Implementations().back()->attend_tile(expected.block, block.Tile(1, 1), {});
       Implementations().back()->attend_raw(expected.block, raw, visible);
       for (const Implementation* implementation : Implementations()) {
         if (!implementation->runs_here()) continue;
         Random two(24);
         Queries found(2, 6, head_dim, &two);
-        implementation->attend_tile(found.block, block.Tile(1, 1));
+        implementation->attend_tile(found.block, block.Tile(1, 1), {});
         implementation->attend_raw(found.block, raw, visible);
         EXPECT_EQ(found.max, expected.max) << implementation->name << " " << codec->name;
         EXPECT_EQ(found.sum, expected.sum) << implementation->name << " " << codec->name;
@@ -314,7 +414,7 @@ TEST(AttentionTest, ScoresFarApartStayFinite) {
   for (float& key : keys) key *= 300.0F;
   const std::vector<float> values = MakeSegment(shape, &random);
   Queries queries(4, 4, 64, &random);
-  AttendRaw(queries.block, keys.data(), values.data(), 64, 1, 64, nullptr);
+  AttendRaw(queries.block, Raw(keys, values, shape));
   EXPECT_LE(RelativeError(queries.Finish(), Oracle(queries, shape, keys, values, nullptr)), 1e-4);
 }
 

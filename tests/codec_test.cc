@@ -282,7 +282,7 @@ TEST(ImplementationDeathTest, EnvironmentIsHonouredAndWrongNamesEndTheProcess) {
 TEST(PayloadLayoutTest, BasesStandBeforeRefinements) {
   const Codec& tile8 = **FindCodec("tile8");
   const SegmentShape shape = {64, 2, 64};
-  const PayloadLayout layout(tile8, shape, 3);
+  const PayloadLayout layout(tile8, KeysAndValues(shape), 3);
   ASSERT_EQ(layout.rows().size(), 12U);
   uint64_t offset = 0;
   for (size_t i = 0; i < layout.rows().size(); ++i) {

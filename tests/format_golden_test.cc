@@ -109,7 +109,7 @@ TEST(FormatGoldenTest, PayloadLayoutIsAsWritten) {
          layer >> offset >> length) {
     const Result<const Codec*> codec = FindCodec(name);
     ASSERT_TRUE(codec.ok());
-    const PayloadLayout layout(**codec, shape, layers);
+    const PayloadLayout layout(**codec, KeysAndValues(shape), layers);
     const PayloadRow& row = layout.Row(static_cast<SegmentKind>(kind), cut, layer);
     EXPECT_EQ(row.offset, offset);
     EXPECT_EQ(row.length, length);

@@ -106,7 +106,9 @@ RC_GTEST_PROP(CodecProperty, CheckedBytesDecodeToFiniteNumbers, ()) {
 RC_GTEST_PROP(LayoutProperty, RangesCoverThePayloadOnce, ()) {
   const Codec& codec = AnyCodec();
   const int layers = *rc::gen::inRange(1, 9);
-  const PayloadLayout layout(codec, AnyShape(), layers);
+  const SegmentShape keys = AnyShape();
+  const SegmentShape values = AnyShape();
+  const PayloadLayout layout(codec, {keys, values, *rc::gen::arbitrary<bool>()}, layers);
   uint64_t end = 0;
   for (const PayloadRow& row : layout.rows()) {
     RC_ASSERT(row.offset == end);
@@ -166,7 +168,8 @@ RC_GTEST_PROP(AttentionProperty, AnySplitMergesToTheWhole, ()) {
         Encode(codec, SegmentKind::kKey, shape, MakeSegment(shape, &random).data());
     const EncodedSegment values =
         Encode(codec, SegmentKind::kValue, shape, MakeSegment(shape, &random).data());
-    const LayerTile tile = {&codec, shape, keys.Ranges(key_cuts), values.Ranges(value_cuts)};
+    const LayerTile tile = {&codec, KeysAndValues(shape), keys.Ranges(key_cuts),
+                            values.Ranges(value_cuts)};
     AttendTile(whole.block, tile);
     AttendTile(random.Chance(0.5) ? left.block : right.block, tile);
   }

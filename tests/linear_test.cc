@@ -25,7 +25,7 @@ struct Matrix {
       bf16[i] = ToBf16(static_cast<float>(random->Normal()));
       fp32[i] = FromBf16(bf16[i]);
     }
-    weight = {bf16.data(), fp32.data(), out, in};
+    weight = {bf16.data(), nullptr, out, in};
   }
   std::vector<uint16_t> bf16;
   std::vector<float> fp32;
@@ -120,6 +120,9 @@ TEST(PrefillLinearTest, ThreadsChangeNoBit) {
     std::vector<float> alone(static_cast<size_t>(kPrefillRows * out));
     PrefillLinear(matrix.weight, x.data(), alone.data(), nullptr);
     EXPECT_LE(ErrorOf(matrix, x, kPrefillRows, alone), 1e-5);
+    std::vector<float> wide(alone.size());
+    PrefillLinear({nullptr, matrix.fp32.data(), out, 200}, x.data(), wide.data(), nullptr);
+    EXPECT_EQ(wide, alone) << "the same weights as fp32";
     for (const int threads : {1, 2, 3}) {
       ThreadPool pool(threads);
       std::vector<float> y(alone.size());

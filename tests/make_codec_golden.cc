@@ -102,7 +102,7 @@ void WriteAll(const std::string& directory) {
   std::string lines;
   for (const Codec* codec : Codecs()) {
     for (const SegmentShape shape : {SegmentShape{64, 2, 64}, SegmentShape{7, 1, 96}}) {
-      const PayloadLayout layout(*codec, shape, 3);
+      const PayloadLayout layout(*codec, KeysAndValues(shape), 3);
       for (const PayloadRow& row : layout.rows()) {
         lines +=
             fmt::format("{} {} {} {} {} {} {} {} {} {}\n", codec->name, shape.tokens,

@@ -107,7 +107,7 @@ TEST(RopeTest, RotatesHalvesByPositionTimesFrequency) {
   const std::vector<float> x = Normals(2 * 64, 1.0, &random);
   for (const int position : {0, 1, 17, 299}) {
     std::vector<float> rotated = x;
-    table.Apply(rotated.data(), 2, position);
+    table.Apply(rotated.data(), 2, 64, position);
     for (size_t h = 0; h < 2; ++h) {
       for (size_t i = 0; i < 32; ++i) {
         const double angle = position * std::pow(10000.0, -2.0 * static_cast<double>(i) / 64.0);
@@ -123,6 +123,33 @@ TEST(RopeTest, RotatesHalvesByPositionTimesFrequency) {
   }
 }
 
+// DeepSeek's layout is the other one with its channels dealt out in turn.
+TEST(RopeTest, InterleavedIsTheSameRotation) {
+  Random random(46);
+  const RopeTable table(16, 10000.0, {}, 100);
+  const std::vector<float> halves = Normals(3 * 20, 1.0, &random);  // vectors stand 20 apart
+  std::vector<float> pairs = halves;
+  for (size_t h = 0; h < 3; ++h) {
+    for (size_t i = 0; i < 16; ++i) pairs[h * 20 + i] = halves[h * 20 + i / 2 + (i % 2) * 8];
+  }
+  std::vector<float> expected = halves;
+  table.Apply(expected.data(), 3, 20, 77);
+  table.ApplyInterleaved(pairs.data(), 3, 20, 77);
+  EXPECT_EQ(pairs, expected);
+}
+
+TEST(VectorTest, GeluIsTheTanhApproximation) {
+  std::vector<float> gate;
+  for (float x = -12.0F; x <= 12.0F; x += 0.037F) gate.push_back(x);
+  const std::vector<float> x = gate;
+  const std::vector<float> up(gate.size(), 2.0F);
+  GeluTanhMultiply(gate.data(), up.data(), gate.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double u = std::sqrt(2.0 / std::numbers::pi) * (x[i] + 0.044715 * std::pow(x[i], 3));
+    EXPECT_NEAR(gate[i], x[i] * (1.0 + std::tanh(u)), 2e-6 * (1.0 + std::fabs(x[i])));
+  }
+}
+
 TEST(RopeTest, ScoresDependOnDistanceAlone) {
   Random random(45);
   const RopeTable table(128, 500000.0, {}, 2000);
@@ -131,8 +158,8 @@ TEST(RopeTest, ScoresDependOnDistanceAlone) {
   const auto score = [&](int q_position, int k_position) {
     std::vector<float> a = q;
     std::vector<float> b = k;
-    table.Apply(a.data(), 1, q_position);
-    table.Apply(b.data(), 1, k_position);
+    table.Apply(a.data(), 1, 128, q_position);
+    table.Apply(b.data(), 1, 128, k_position);
     double sum = 0.0;
     for (size_t c = 0; c < 128; ++c) sum += static_cast<double>(a[c]) * static_cast<double>(b[c]);
     return sum;

@@ -111,7 +111,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const QueryBlock block{1,          group * shape.kv_heads, q.data(), 0.125F, max.data(),
                          sum.data(), weighted.data()};
   InitPartials(block, shape.head_dim);
-  AttendTile(block, {&codec, shape, keys.ranges, values.ranges});
+  AttendTile(block, {&codec, KeysAndValues(shape), keys.ranges, values.ranges});
   FinishPartials(block, shape.head_dim, out.data());
   return 0;
 }

@@ -21,6 +21,10 @@ struct RandomModelOptions {
 
 // A config of 2 layers, 4 query heads and 2 kv heads of 16, hidden 64, vocabulary 300.
 node::ModelConfig TinyConfig();
+// A Gemma-like one: 4 layers of which all but the third see 100 tokens.
+node::ModelConfig TinySlidingConfig();
+// A DeepSeek-V3-like one: latents of 32 and rope keys of 8, a dense layer and two of 8 experts.
+node::ModelConfig TinyLatentConfig();
 
 // Writes config.json, generation_config.json, tokenizer.json and the safetensors into `directory`,
 // which is created. The same options give the same bytes.
