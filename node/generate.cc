@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "node/report.h"
+#include "node/resident_memory.h"
 #include "node/scheduler.h"
 #include "node/tier_session.h"
 
@@ -52,7 +53,8 @@ Result<int> Generate(const GenerateOptions& options) {
         {"recomputed_tokens", static_cast<uint64_t>(answer.prompt_tokens) - hit_tokens},
         {"fetched_bytes", fetched},
         {"ttft_ms", Milliseconds(answer.ttft)},
-        {"tpot_ms", Milliseconds(answer.tpot)}};
+        {"tpot_ms", Milliseconds(answer.tpot)},
+        {"peak_resident_bytes", PeakResidentBytes()}};
     std::puts(result.dump(2, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
   } else {
     std::puts("");
@@ -60,11 +62,12 @@ Result<int> Generate(const GenerateOptions& options) {
     std::fprintf(
         stderr,
         "kvant: %llu of %d prompt tokens found in the cache (%s fetched), %llu computed; "
-        "first token after %.1f ms, then %.2f ms each\n",
+        "first token after %.1f ms, then %.2f ms each; resident memory: %s at its peak\n",
         static_cast<unsigned long long>(hit_tokens), answer.prompt_tokens,
         FormatBytes(static_cast<double>(fetched)).c_str(),
         static_cast<unsigned long long>(static_cast<uint64_t>(answer.prompt_tokens) - hit_tokens),
-        Milliseconds(answer.ttft), Milliseconds(answer.tpot));
+        Milliseconds(answer.ttft), Milliseconds(answer.tpot),
+        FormatBytes(static_cast<double>(PeakResidentBytes())).c_str());
   }
   while (!scheduler.idle()) step();
   node.Drain();

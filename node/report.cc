@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/linear.h"
+#include "node/resident_memory.h"
 
 namespace kvant::node {
 namespace {
@@ -111,6 +112,7 @@ Json NodeRankReport(int rank, Role role, const std::string& host, NodeRuntime& n
           {"node_link", CountersJson(nodes)},
           {"threads", node.threads()},
           {"openblas_core_type", kernels::BlasCoreType()},
+          {"peak_resident_bytes", PeakResidentBytes()},
           {"scheduler",
            {{"prompt_tokens", scheduler.prompt_tokens},
             {"hit_tokens", scheduler.cached_tokens},
@@ -155,6 +157,7 @@ Json CacheRankReport(int rank, const std::string& host, const ServerStats& stats
           {"host", host},
           {"tier_link", CountersJson(tier)},
           {"node_link", CountersJson(nodes)},
+          {"peak_resident_bytes", PeakResidentBytes()},
           {"shard", Json::parse(stats.ToJson())},
           {"store",
            {{"blocks", stats.store.blocks},
@@ -175,6 +178,11 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
     }
     ttft.push_back(Milliseconds(answer.ttft));
     if (answer.tokens.size() > 1) tpot.push_back(Milliseconds(answer.tpot));
+  }
+  uint64_t peak_resident_bytes = 0;
+  for (const Json& rank : ranks) {
+    peak_resident_bytes =
+        std::max(peak_resident_bytes, rank.at("peak_resident_bytes").get<uint64_t>());
   }
   const Json links = Links(ranks);
   uint64_t payload = 0;
@@ -240,6 +248,7 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
         {"mean_forecast_error", Ratio(forecast_error, static_cast<double>(outcomes))}}},
       {"openblas_core_type", core_type},
       {"wall_s", setup.wall_s},
+      {"peak_resident_bytes", peak_resident_bytes},
       {"rank_reports", ranks}};
   if (comparison.reference.has_value()) {
     const Agreement agreement = CountIdentical(comparison.answers, *comparison.reference);
@@ -294,6 +303,9 @@ Result<std::string> FormatReport(const Json& report, const Json* without_cache) 
          fmt::format("{:.1f} ms p50, {:.1f} ms p99", number("ttft_ms_p50"), number("ttft_ms_p99")));
     line("time per token",
          fmt::format("{:.2f} ms p50, {:.2f} ms p99", number("tpot_ms_p50"), number("tpot_ms_p99")));
+    line("resident memory",
+         fmt::format("{} at its peak{}", FormatBytes(number("peak_resident_bytes")),
+                     report.at("ranks") == 1 ? "" : ", in the largest rank"));
     const double moved = number("payload_bytes") + number("control_bytes");
     if (moved > 0) {
       page += "\n  bytes on the wire           payload      control\n";

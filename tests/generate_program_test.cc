@@ -95,7 +95,8 @@ TEST_F(GenerateProgram, WorksAlone) {
   const ProgramResult result = RunProgram(
       {KVANT_PATH, "generate", "--model", Model(), "--prompt", "abc", "--max-tokens", "5"});
   EXPECT_EQ(result.exit, 0) << result.errors;
-  EXPECT_THAT(result.errors, HasSubstr("prompt tokens found in the cache"));
+  EXPECT_THAT(result.errors,
+              AllOf(HasSubstr("prompt tokens found in the cache"), HasSubstr("resident memory:")));
   const json alone = Generate({});
   EXPECT_EQ(alone.at("text"), Alone());
   EXPECT_EQ(alone.at("hit_tokens"), 0);

@@ -110,7 +110,7 @@ TEST_F(ReportTest, IsAPageThatAPersonReads) {
   const Result<std::string> page = FormatReport(report, &report);
   ASSERT_TRUE(page.ok()) << page.status().ToString();
   for (const char* part : {"tiny on 3 ranks", "tile8 over mpi", "prefill to cache", "times fewer",
-                           "same as one process", "without cache"}) {
+                           "same as one process", "without cache", "resident memory"}) {
     EXPECT_THAT(*page, HasSubstr(part));
   }
   EXPECT_EQ(FormatBytes(1536), "1.50 KiB");
