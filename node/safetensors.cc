@@ -1,14 +1,8 @@
 #include "node/safetensors.h"
 
-#include <fcntl.h>
 #include <fmt/ranges.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <limits>
 #include <set>
 #include <utility>
@@ -174,38 +168,6 @@ Result<TensorMap> ParseSafetensors(std::span<const std::byte> file, const std::s
   }
   return tensors;
 }
-
-// A whole file mapped read-only; its owner is the Checkpoint.
-class Checkpoint::MappedFile {
- public:
-  static Result<std::unique_ptr<MappedFile>> Open(const std::filesystem::path& path) {
-    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (file < 0) return InvalidArgument("opening {}: {}", path.string(), std::strerror(errno));
-    struct stat about {};
-    const bool known = ::fstat(file, &about) == 0 && S_ISREG(about.st_mode);
-    if (!known || about.st_size <= 0) {
-      ::close(file);
-      return InvalidArgument("{}: not a regular file with content", path.string());
-    }
-    const auto size = static_cast<size_t>(about.st_size);
-    void* base = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
-    const int mmap_error = errno;
-    ::close(file);
-    if (base == MAP_FAILED) {
-      return InvalidArgument("mapping {}: {}", path.string(), std::strerror(mmap_error));
-    }
-    return std::unique_ptr<MappedFile>(new MappedFile(base, size));
-  }
-  ~MappedFile() { ::munmap(base_, size_); }
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-  std::span<const std::byte> bytes() const { return {static_cast<const std::byte*>(base_), size_}; }
-
- private:
-  MappedFile(void* base, size_t size) : base_(base), size_(size) {}
-  void* base_;
-  size_t size_;
-};
 
 Checkpoint::Checkpoint() = default;
 Checkpoint::~Checkpoint() = default;

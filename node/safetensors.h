@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "node/mapped_file.h"
 #include "node/weight_source.h"
 
 namespace kvant::node {
@@ -37,7 +38,6 @@ class Checkpoint final : public WeightSource {
   uint64_t total_bytes() const { return total_bytes_; }
 
  private:
-  class MappedFile;
   Checkpoint();
 
   std::string name_;  // the directory, for errors
