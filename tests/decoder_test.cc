@@ -39,19 +39,17 @@ class EncodedPast final : public PastBlocks {
     out->codec = codec_;
     out->shape = from.shape;
     out->keys = Ranges(SegmentKind::kKey, from.keys[static_cast<size_t>(layer)]);
-    out->values = Ranges(SegmentKind::kValue, from.values[static_cast<size_t>(layer)]);
+    out->values = Ranges(from.shape.value_kind(), from.values[static_cast<size_t>(layer)]);
     return OkStatus();
   }
 
   // Begins a block of which Append then brings one layer after the other.
-  void BeginBlock(int tokens) {
-    blocks_.push_back({{tokens, config_.kv_heads, config_.head_dim}, {}, {}});
-  }
+  void BeginBlock(int tokens) { blocks_.push_back({config_.StateShape(tokens), {}, {}}); }
   void Append(const float* keys, const float* values) {
     Block& block = blocks_.back();
-    block.keys.push_back(Encode(SegmentKind::kKey, block.shape, keys));
-    block.values.push_back(Encode(SegmentKind::kValue, block.shape, values));
-    if (static_cast<int>(block.keys.size()) == config_.layers) tokens_ += block.shape.tokens;
+    block.keys.push_back(Encode(SegmentKind::kKey, block.shape.keys, keys));
+    block.values.push_back(Encode(block.shape.value_kind(), block.shape.values, values));
+    if (static_cast<int>(block.keys.size()) == config_.layers) tokens_ += block.shape.keys.tokens;
   }
 
   // All bytes of the last block.
@@ -71,7 +69,7 @@ class EncodedPast final : public PastBlocks {
  private:
   using Segment = std::vector<std::vector<std::byte>>;  // [cut][bytes]
   struct Block {
-    kernels::SegmentShape shape;
+    kernels::LayerShape shape;
     std::vector<Segment> keys;    // [layer]
     std::vector<Segment> values;  // [layer]
   };
@@ -123,8 +121,11 @@ struct Sequence {
           prefill,
           [&](int layer, const float* keys, const float* values) {
             EXPECT_EQ(layer, static_cast<int>(layers.size()));
-            const size_t count = block.size() * static_cast<size_t>(config.kv_width());
-            layers.emplace_back(Floats(keys, keys + count), Floats(values, values + count));
+            const kernels::LayerShape state = config.StateShape(static_cast<int>(block.size()));
+            const auto copy = [](const kernels::SegmentShape& shape, const float* from) {
+              return Floats(from, from + shape.tokens * shape.kv_heads * shape.head_dim);
+            };
+            layers.emplace_back(copy(state.keys, keys), copy(state.values, values));
             return OkStatus();
           },
           out);
@@ -186,21 +187,60 @@ std::span<const float> RowOf(const Floats& logits, size_t row, int vocab) {
 
 constexpr double kTolerance = 1e-4;
 
-// Random shapes against the oracle.
+// What differs between architectures, each part for itself and in random sizes.
+enum class Kind { kPlain, kBiases, kQkNorm, kSliding, kLatent, kCount };
+
+ModelConfig RandomConfig(Kind kind, Random* random) {
+  const auto below = [&](uint64_t count) { return static_cast<int>(random->Below(count)); };
+  ModelConfig config = support::TinyConfig();
+  if (kind == Kind::kSliding) config = support::TinySlidingConfig();
+  if (kind == Kind::kLatent) config = support::TinyLatentConfig();
+  config.layers = 1 + below(3);
+  config.hidden = 8 * (1 + below(9));
+  config.intermediate = 1 + below(90);
+  if (kind == Kind::kLatent) {
+    config.q_heads = 1 + below(5);
+    config.latent = {below(2) * 24,      8 * (1 + below(5)), 1 + below(20),
+                     8 * (1 + below(3)), 1 + below(30),      random->Chance(0.5)};
+    config.head_dim = config.latent->rope_dim;
+    config.attention_scale = 1.0 / std::sqrt(static_cast<double>(config.query_dim()));
+    config.experts.dense_layers = below(2);
+    if (config.experts.dense_layers >= config.layers) config.experts = {};
+    return config;
+  }
+  config.kv_heads = 1 + below(3);
+  config.q_heads = config.kv_heads * (1 + below(4));
+  config.head_dim = 8 * (1 + below(8));
+  config.attention_scale = 1.0 / std::sqrt(static_cast<double>(config.head_dim));
+  if (kind == Kind::kBiases) {
+    config.architecture = random->Chance(0.5) ? Architecture::kQwen2 : Architecture::kLlama;
+    config.qkv_bias = true;
+    config.output_bias = config.architecture == Architecture::kLlama;
+  }
+  if (kind == Kind::kQkNorm) {
+    config.architecture = Architecture::kQwen3;
+    config.qk_norm = true;
+  }
+  if (kind == Kind::kSliding) {
+    config.embedding_scale = std::sqrt(static_cast<float>(config.hidden));
+    config.sliding_window = 1 + below(100);
+    config.sliding.assign(static_cast<size_t>(config.layers), true);
+    config.sliding[0] = random->Chance(0.5) && config.layers > 1 ? false : true;
+  }
+  return config;
+}
+
+// Random shapes against the oracle, which makes keys and values of latents for every head and
+// token.
 TEST(DecoderProperty, AgreesWithPlainDoublePrecision) {
-  for (uint64_t seed = 0; seed < 12; ++seed) {
+  for (uint64_t seed = 0; seed < 25; ++seed) {
+    const auto kind = static_cast<Kind>(seed % static_cast<uint64_t>(Kind::kCount));
     Random random(seed);
     support::RandomModelOptions options;
     options.seed = seed;
     options.type = std::vector{DataType::kBf16, DataType::kFp16, DataType::kFp32}[seed % 3];
     ModelConfig& config = options.config;
-    config = support::TinyConfig();
-    config.layers = 1 + static_cast<int>(random.Below(3));
-    config.hidden = 8 * (1 + static_cast<int>(random.Below(9)));
-    config.intermediate = 1 + static_cast<int>(random.Below(90));
-    config.kv_heads = 1 + static_cast<int>(random.Below(3));
-    config.q_heads = config.kv_heads * (1 + static_cast<int>(random.Below(4)));
-    config.head_dim = 8 * (1 + static_cast<int>(random.Below(8)));
+    config = RandomConfig(kind, &random);
     config.tied_output = random.Chance(0.5);
     support::TemporaryDirectory directory;
     ASSERT_TRUE(support::WriteRandomModel(directory.path(), options).ok());

@@ -37,6 +37,20 @@ Vector Product(const kernels::Weight& weight, std::span<const double> x) {
   return out;
 }
 
+void Rotate(Vector* x, size_t head_dim, const std::vector<double>& frequencies, size_t position) {
+  const size_t half = head_dim / 2;
+  for (size_t head = 0; head < x->size(); head += head_dim) {
+    for (size_t i = 0; i < half; ++i) {
+      const double angle = frequencies[i] * static_cast<double>(position);
+      double& low = (*x)[head + i];
+      double& high = (*x)[head + half + i];
+      const double rotated = low * std::cos(angle) - high * std::sin(angle);
+      high = high * std::cos(angle) + low * std::sin(angle);
+      low = rotated;
+    }
+  }
+}
+
 Vector Slice(const Vector& x, size_t first, size_t count) {
   const auto from = x.begin() + static_cast<ptrdiff_t>(first);
   return {from, from + static_cast<ptrdiff_t>(count)};
