@@ -23,15 +23,14 @@ OpId CacheClient::Impl::Fetch(FetchRequest request, TimePoint now) {
   std::map<size_t, std::vector<size_t>> by_shard;
   for (size_t i = 0; i < items.size(); ++i) {
     const Selection& selection = items[i].selection;
+    Status possible = selection.Validate();
     if (!RangeFits(items[i].offset, items[i].capacity, fetch.request.buffer->size()) ||
-        selection.layer_begin >= selection.layer_end || selection.layer_end > kMaxLayers ||
         items[i].key.IsZero()) {
-      EndItem(&fetch, op, nullptr, i,
-              InvalidArgument("fetch: item {}: {} bytes at {} of {}, layers {} to {} are not "
-                              "possible",
-                              i, items[i].capacity, items[i].offset, fetch.request.buffer->size(),
-                              selection.layer_begin, selection.layer_end),
-              false);
+      possible = InvalidArgument("fetch: item {}: {} bytes at {} of {} are not possible", i,
+                                 items[i].capacity, items[i].offset, fetch.request.buffer->size());
+    }
+    if (!possible.ok()) {
+      EndItem(&fetch, op, nullptr, i, possible, false);
       continue;
     }
     fetch.blocks[i] = ArrivingBlock(items[i].key, selection, items[i].capacity);
@@ -71,16 +70,20 @@ void CacheClient::Impl::StartPart(OpId op, FetchOp* fetch, size_t shard, std::ve
   wire::Fetch* message = ask.mutable_fetch();
   ToWire(part.window.remote(), message->mutable_window());
   uint32_t immediate = 0;
-  const Selection* last = nullptr;
+  // A request has few selections: one for each way in which what a client holds falls short.
+  std::vector<const Selection*> said;
   for (const size_t index : items) {
     const FetchItem& item = fetch->request.items[index];
-    if (last == nullptr || !(*last == item.selection)) {
-      ToWire(item.selection, message->add_selections());
-      last = &item.selection;
-    }
+    const auto same = std::find_if(said.begin(), said.end(), [&](const Selection* selection) {
+      return *selection == item.selection;
+    });
     wire::FetchItem* wanted = message->add_items();
     wanted->set_key(ToWire(item.key));
-    wanted->set_selection(static_cast<uint32_t>(message->selections_size() - 1));
+    wanted->set_selection(static_cast<uint32_t>(same - said.begin()));
+    if (same == said.end()) {
+      ToWire(item.selection, message->add_selections());
+      said.push_back(&item.selection);
+    }
     wanted->set_offset(item.offset);
     wanted->set_capacity(item.capacity);
     wanted->set_immediate_base(immediate);

@@ -171,10 +171,7 @@ std::vector<size_t> SelectedIndices(const BlockManifest& manifest, const Selecti
   std::vector<size_t> indices;
   for (size_t i = 0; i < manifest.rows.size(); ++i) {
     const ManifestRow& row = manifest.rows[i];
-    if (row.cut < selection.cuts[row.part] && row.layer >= selection.layer_begin &&
-        row.layer < selection.layer_end) {
-      indices.push_back(i);
-    }
+    if (selection.Takes(row.part, row.cut, row.layer)) indices.push_back(i);
   }
   std::stable_sort(indices.begin(), indices.end(), [&](size_t a, size_t b) {
     return manifest.rows[a].layer < manifest.rows[b].layer;
@@ -192,6 +189,37 @@ Selection SelectAll() {
   Selection selection;
   selection.cuts.fill(255);
   return selection;
+}
+
+void Selection::SetLayers(const std::vector<bool>& wanted) {
+  const auto first = std::find(wanted.begin(), wanted.end(), true);
+  KV_CHECK(first != wanted.end() && wanted.size() <= kMaxLayers);
+  const auto end = std::find(wanted.rbegin(), wanted.rend(), true).base();
+  layer_begin = static_cast<uint16_t>(first - wanted.begin());
+  layer_end = static_cast<uint16_t>(end - wanted.begin());
+  layers.clear();
+  if (std::find(first, end, false) != end) layers.assign(first, end);
+}
+
+Status Selection::Validate() const {
+  if (layer_begin >= layer_end || layer_end > kMaxLayers) {
+    return InvalidArgument("selection: layers {} to {} are not a range inside 0 to {}", layer_begin,
+                           layer_end, kMaxLayers);
+  }
+  if (!layers.empty() &&
+      (layers.size() != static_cast<size_t>(layer_end - layer_begin) || !layers.front() ||
+       !layers.back() || std::find(layers.begin(), layers.end(), false) == layers.end())) {
+    return InvalidArgument(
+        "selection: a set of {} layers from {} to {} must begin and end with a layer that is in "
+        "it, and lack one",
+        layers.size(), layer_begin, layer_end);
+  }
+  for (size_t part = 0; part < kMaxParts; ++part) {
+    if (first_cuts[part] < cuts[part] || (first_cuts[part] == 0 && cuts[part] == 0)) continue;
+    return InvalidArgument("selection: of part {} the cuts from {} to below {} are none", part,
+                           first_cuts[part], cuts[part]);
+  }
+  return OkStatus();
 }
 
 void BlockManifest::Append(uint8_t part, uint8_t cut, uint16_t layer, uint8_t kind,

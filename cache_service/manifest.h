@@ -42,11 +42,30 @@ struct ManifestRow {
   friend bool operator==(const ManifestRow&, const ManifestRow&) = default;
 };
 
-// What of a block is wanted: how many cuts of each part, in which layers.
+// What of a block is wanted: which cuts of each part, in which layers. A value; Validate() says
+// whether it has the one form that its meaning has:
+// 1. layer_begin < layer_end <= kMaxLayers.
+// 2. layers is empty, or has layer_end - layer_begin elements, of which the first and the last are
+// set and not all are.
+// 3. Of each part, first_cuts < cuts, or both are 0.
 struct Selection {
-  std::array<uint8_t, kMaxParts> cuts{};  // 0: nothing of this part; 255: all there are
+  std::array<uint8_t, kMaxParts> cuts{};  // past the last; 0: nothing of this part; 255: all
+  // What is below, the reader has already.
+  std::array<uint8_t, kMaxParts> first_cuts{};
   uint16_t layer_begin = 0;
   uint16_t layer_end = kMaxLayers;  // past the last
+  std::vector<bool> layers;         // of those between: whether it is wanted; empty: all are
+
+  // Wants the layers l with wanted[l], and no others.
+  // REQUIRES: 1 to kMaxLayers elements, one of them set.
+  void SetLayers(const std::vector<bool>& wanted);
+  // Whether a row is wanted. REQUIRES: Validate().ok(), part < kMaxParts.
+  bool Takes(uint8_t part, uint8_t cut, uint16_t layer) const {
+    return cut < cuts[part] && cut >= first_cuts[part] && layer >= layer_begin &&
+           layer < layer_end && (layers.empty() || layers[layer - layer_begin]);
+  }
+  // kInvalidArgument names the rule.
+  Status Validate() const;
   friend bool operator==(const Selection&, const Selection&) = default;
 };
 // Everything of every layer.
@@ -95,9 +114,10 @@ struct BlockManifest {
   friend bool operator==(const BlockManifest&, const BlockManifest&) = default;
 };
 
-// The transfers of a selection, layer-major: all of the lowest layer first, and inside a layer in
-// the order of rows; neighbours in the payload of one layer are merged. The destination is packed:
-// the ranges stand there in this order without gaps, so each layer is contiguous in it.
+// The transfers of a selection (a valid one, here and below), layer-major: all of the lowest layer
+// first, and inside a layer in the order of rows; neighbours in the payload of one layer are
+// merged. The destination is packed: the ranges stand there in this order without gaps, so each
+// layer is contiguous in it.
 std::vector<SelectedRange> SelectRanges(const BlockManifest& manifest, const Selection& selection);
 // The same, row by row.
 std::vector<SelectedRow> SelectRows(const BlockManifest& manifest, const Selection& selection);

@@ -17,6 +17,34 @@ static_assert(kMaxCuts < (1U << kCutBits));
 uint32_t MessageChecksum(std::span<const std::byte> bytes) {
   return static_cast<uint32_t>(PayloadChecksum(bytes));
 }
+
+using PartCuts = std::array<uint8_t, kMaxParts>;
+
+// Of part p in bits 8p to 8p+7.
+uint32_t PackSelectedCuts(const PartCuts& cuts) {
+  uint32_t packed = 0;
+  for (size_t part = 0; part < kMaxParts; ++part) {
+    packed |= static_cast<uint32_t>(cuts[part]) << (8 * part);
+  }
+  return packed;
+}
+
+PartCuts UnpackSelectedCuts(uint32_t packed) {
+  PartCuts cuts;
+  for (size_t part = 0; part < kMaxParts; ++part) {
+    cuts[part] = static_cast<uint8_t>(packed >> (8 * part));
+  }
+  return cuts;
+}
+
+// Bit l % 8 of byte l / 8 is layers[l].
+std::string PackLayers(const std::vector<bool>& layers) {
+  std::string packed((layers.size() + 7) / 8, '\0');
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (layers[i]) packed[i / 8] = static_cast<char>(packed[i / 8] | (1 << (i % 8)));
+  }
+  return packed;
+}
 }  // namespace
 
 std::vector<std::byte> EncodeMessage(const wire::Envelope& envelope) {
@@ -78,13 +106,11 @@ RemoteWindow FromWire(const wire::Window& window) {
 }
 
 void ToWire(const Selection& selection, wire::Selection* out) {
-  uint32_t cuts = 0;
-  for (size_t part = 0; part < kMaxParts; ++part) {
-    cuts |= static_cast<uint32_t>(selection.cuts[part]) << (8 * part);
-  }
-  out->set_cuts(cuts);
+  out->set_cuts(PackSelectedCuts(selection.cuts));
   out->set_layer_begin(selection.layer_begin);
   out->set_layer_end(selection.layer_end);
+  out->set_first_cuts(PackSelectedCuts(selection.first_cuts));
+  out->set_layers(PackLayers(selection.layers));
 }
 
 Result<Selection> FromWire(const wire::Selection& selection) {
@@ -93,11 +119,24 @@ Result<Selection> FromWire(const wire::Selection& selection) {
                            selection.layer_begin(), selection.layer_end(), kMaxLayers);
   }
   Selection out;
-  for (size_t part = 0; part < kMaxParts; ++part) {
-    out.cuts[part] = static_cast<uint8_t>(selection.cuts() >> (8 * part));
-  }
+  out.cuts = UnpackSelectedCuts(selection.cuts());
+  out.first_cuts = UnpackSelectedCuts(selection.first_cuts());
   out.layer_begin = static_cast<uint16_t>(selection.layer_begin());
   out.layer_end = static_cast<uint16_t>(selection.layer_end());
+  if (const std::string& packed = selection.layers(); !packed.empty()) {
+    const size_t count = out.layer_end - out.layer_begin;
+    if (packed.size() != (count + 7) / 8) {
+      return InvalidArgument("a set of {} layers has {} bytes, not {}", count, (count + 7) / 8,
+                             packed.size());
+    }
+    out.layers.resize(count);
+    for (size_t i = 0; i < count; ++i) out.layers[i] = ((packed[i / 8] >> (i % 8)) & 1) != 0;
+    // Bits behind the last layer.
+    if (PackLayers(out.layers) != packed) {
+      return InvalidArgument("a set of {} layers names others behind them", count);
+    }
+  }
+  KV_RETURN_IF_ERROR(out.Validate());
   return out;
 }
 

@@ -38,7 +38,7 @@ Status FromWire(const wire::Status& status);
 void ToWire(const RemoteWindow& window, wire::Window* out);
 RemoteWindow FromWire(const wire::Window& window);
 void ToWire(const Selection& selection, wire::Selection* out);
-// kInvalidArgument: layers out of range.
+// kInvalidArgument: layers out of range, cuts that are none, or not the one form of a selection.
 Result<Selection> FromWire(const wire::Selection& selection);
 
 uint32_t PackCuts(const std::array<uint8_t, kMaxParts>& cuts);

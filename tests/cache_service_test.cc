@@ -95,6 +95,70 @@ TEST(CacheService, PutLookupFetchAcrossShards) {
   EXPECT_EQ(cluster.client().stats().data_loss, 0U);
 }
 
+// What a reader lacks, not what it has: refinements, and layers apart from one another.
+TEST(CacheService, FetchesOnlyTheMissingRows) {
+  LoopbackCluster cluster(1);
+  const TestBlock block = MakeBlock(TestKey(1), {}, 1, 11, 100, 3);
+  const uint64_t run = block.key.Prefix64();
+  ASSERT_TRUE(cluster.Put(block, run).status.ok());
+  std::vector<Selection> selections(4, SelectAll());
+  selections[0].first_cuts = {1, 0, 0, 0};
+  selections[0].cuts = {3, 0, 0, 0};
+  selections[1].SetLayers({false, true, false, false, true, false, false, false, false, true});
+  selections[2].SetLayers({true, false, true, true});
+  selections[2].first_cuts = {2, 0, 0, 0};
+  selections[3].first_cuts = {3, 1, 0, 0};  // there is no such cut, so nothing is moved
+  const std::vector<uint64_t> rows = {11 * 2, 3 * 4, 3 * 2, 0};
+  const std::vector<std::vector<uint16_t>> layers = {
+      {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10}, {1, 4, 9}, {0, 2, 3}, {}};
+  FetchRequest fetch;
+  uint64_t at = 0;
+  for (size_t i = 0; i < selections.size(); ++i) {
+    EXPECT_EQ(SelectedBytes(block.manifest, selections[i]), rows[i] * 100);
+    fetch.items.push_back({block.key, run, selections[i], at, rows[i] * 100});
+    at += rows[i] * 100;
+  }
+  fetch.buffer = *cluster.node().Lend(at);
+  fetch.deadline = cluster.Soon();
+  const std::shared_ptr<Lease> buffer = fetch.buffer;
+  const ClientEvent fetched =
+      cluster.Await(cluster.client().Fetch(std::move(fetch), cluster.now()));
+  EXPECT_TRUE(fetched.status.ok()) << fetched.status.ToString();
+  EXPECT_EQ(cluster.client().stats().payload_bytes_fetched, at);
+  std::vector<std::vector<uint16_t>> arrived(selections.size());
+  for (const ClientEvent& event : cluster.events()) {
+    if (event.kind == Kind::kLayerArrived) arrived[event.item].push_back(event.layer);
+  }
+  EXPECT_EQ(arrived, layers);
+  std::vector<std::byte> expected;
+  for (const Selection& selection : selections) {
+    const std::vector<std::byte> packed = Packed(block, selection);
+    expected.insert(expected.end(), packed.begin(), packed.end());
+  }
+  ASSERT_EQ(expected.size(), at);
+  EXPECT_TRUE(std::equal(expected.begin(), expected.end(), buffer->bytes().begin()));
+}
+
+TEST(CacheService, ASelectionThatCannotBeEndsItsItemOnly) {
+  LoopbackCluster cluster(1);
+  const TestBlock block = MakeBlock(TestKey(1), {}, 1);
+  const uint64_t run = block.key.Prefix64();
+  ASSERT_TRUE(cluster.Put(block, run).status.ok());
+  Selection bad = SelectAll();
+  bad.cuts = {1, 1, 0, 0};
+  bad.first_cuts = {1, 0, 0, 0};
+  FetchRequest fetch;
+  fetch.items.push_back({block.key, run, bad, 0, 900});
+  fetch.items.push_back({block.key, run, SelectAll(), 900, 900});
+  fetch.buffer = *cluster.node().Lend(1800);
+  fetch.deadline = cluster.Soon();
+  const ClientEvent fetched =
+      cluster.Await(cluster.client().Fetch(std::move(fetch), cluster.now()));
+  EXPECT_EQ(fetched.status.code(), StatusCode::kInvalidArgument);
+  EXPECT_NE(fetched.status.message().find("part 0"), std::string::npos);
+  EXPECT_EQ(cluster.client().stats().items_fetched, 1U);
+}
+
 // A buffer with the payload of a block, and the put that goes with it.
 PutRequest MakePut(LoopbackCluster* cluster, const TestBlock& block) {
   PutRequest put;

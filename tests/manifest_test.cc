@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "base/bytes.h"
+#include "cache_service/wire.h"
 #include "tests/block_maker.h"
 
 namespace kvant {
@@ -175,6 +176,152 @@ TEST(Manifest, SelectionsAreLayerMajorAndPacked) {
   const auto merged = SelectRanges(kinds, SelectAll());
   ASSERT_EQ(merged.size(), 2U);
   EXPECT_EQ(merged[1].length, 20U);
+}
+
+// Any selection in its one form.
+Selection AnySelection() {
+  Selection selection;
+  for (size_t part = 0; part < kMaxParts; ++part) {
+    selection.cuts[part] = *rc::gen::element<uint8_t>(0, 1, 2, 3, 4, 255);
+    if (selection.cuts[part] == 0) continue;
+    selection.first_cuts[part] =
+        static_cast<uint8_t>(*rc::gen::inRange(0, std::min<int>(selection.cuts[part], 4)));
+  }
+  if (*rc::gen::arbitrary<bool>()) {
+    auto wanted = *rc::gen::container<std::vector<bool>>(rc::gen::arbitrary<bool>());
+    wanted.push_back(true);
+    wanted.resize(std::min<size_t>(wanted.size() + 2, kMaxLayers));
+    selection.SetLayers(wanted);
+  } else {
+    selection.layer_begin = *rc::gen::inRange<uint16_t>(0, 12);
+    selection.layer_end = *rc::gen::inRange<uint16_t>(selection.layer_begin + 1, 14);
+  }
+  return selection;
+}
+
+// Against a loop that knows nothing of masks: every layer, every row.
+TEST(Manifest, SelectionsTakeWhatTheySay) {
+  EXPECT_TRUE(rc::check([] {
+    const BlockManifest manifest = AnyManifest();
+    const Selection selection = AnySelection();
+    RC_ASSERT(selection.Validate().ok());
+    std::vector<size_t> rows;
+    for (size_t layer = selection.layer_begin; layer < selection.layer_end; ++layer) {
+      if (!selection.layers.empty() && !selection.layers[layer - selection.layer_begin]) continue;
+      for (size_t i = 0; i < manifest.rows.size(); ++i) {
+        const ManifestRow& row = manifest.rows[i];
+        if (row.layer == layer && row.cut >= selection.first_cuts[row.part] &&
+            row.cut < selection.cuts[row.part]) {
+          rows.push_back(i);
+        }
+      }
+    }
+    uint64_t packed = 0;
+    const std::vector<SelectedRow> selected = SelectRows(manifest, selection);
+    RC_ASSERT(selected.size() == rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      RC_ASSERT(selected[i].row == rows[i]);
+      RC_ASSERT(selected[i].packed_offset == packed);
+      packed += manifest.rows[rows[i]].length;
+    }
+    RC_ASSERT(SelectedBytes(manifest, selection) == packed);
+    uint64_t bytes_of_ranges = 0;
+    for (const SelectedRange& range : SelectRanges(manifest, selection)) {
+      RC_ASSERT(range.packed_offset == bytes_of_ranges);
+      bytes_of_ranges += range.length;
+    }
+    RC_ASSERT(bytes_of_ranges == packed);
+  }));
+}
+
+// A block in two halves, of layers or of cuts, is the block: nothing is moved twice.
+TEST(Manifest, WhatIsHeldAndWhatIsMissingAreTheWhole) {
+  EXPECT_TRUE(rc::check([] {
+    const BlockManifest manifest = AnyManifest();
+    std::vector<bool> layers(manifest.LayerEnd() + 1U);
+    for (size_t i = 0; i < layers.size(); ++i) layers[i] = *rc::gen::arbitrary<bool>();
+    layers.front() = true;
+    layers.back() = false;
+    Selection some = SelectAll();
+    some.SetLayers(layers);
+    layers.flip();
+    Selection others = SelectAll();
+    others.SetLayers(layers);
+    RC_ASSERT(SelectedBytes(manifest, some) + SelectedBytes(manifest, others) ==
+              manifest.payload_bytes());
+    const auto cut = *rc::gen::inRange<uint8_t>(1, kMaxCuts);
+    Selection bases = SelectAll();
+    bases.cuts.fill(cut);
+    Selection refinements = SelectAll();
+    refinements.first_cuts.fill(cut);
+    RC_ASSERT(SelectedBytes(manifest, bases) + SelectedBytes(manifest, refinements) ==
+              manifest.payload_bytes());
+  }));
+}
+
+TEST(Manifest, SelectionsHaveOneFormOnTheWire) {
+  EXPECT_TRUE(rc::check([] {
+    const Selection selection = AnySelection();
+    wire::Selection sent;
+    ToWire(selection, &sent);
+    const Result<Selection> read = FromWire(sent);
+    RC_ASSERT(read.ok());
+    RC_ASSERT(*read == selection);
+    // A liar: what is accepted says the same again.
+    wire::Selection mutant = sent;
+    std::string* layers = mutant.mutable_layers();
+    switch (*rc::gen::inRange(0, 5)) {
+      case 0:
+        layers->push_back(static_cast<char>(*rc::gen::arbitrary<uint8_t>()));
+        break;
+      case 1:
+        if (!layers->empty()) layers->back() = static_cast<char>(*rc::gen::arbitrary<uint8_t>());
+        break;
+      case 2:
+        mutant.set_layer_end(*rc::gen::inRange<uint32_t>(0, 2000));
+        break;
+      case 3:
+        mutant.set_layer_begin(*rc::gen::arbitrary<uint32_t>());
+        break;
+      default:
+        mutant.set_first_cuts(*rc::gen::arbitrary<uint32_t>());
+    }
+    const Result<Selection> accepted = FromWire(mutant);
+    if (!accepted.ok()) {
+      RC_ASSERT(accepted.status().code() == StatusCode::kInvalidArgument);
+      return;
+    }
+    wire::Selection again;
+    ToWire(*accepted, &again);
+    RC_ASSERT(again.SerializeAsString() == mutant.SerializeAsString());
+  }));
+}
+
+TEST(Manifest, HostileSelectionsAreNamed) {
+  const auto refused = [](auto&& spoil) {
+    Selection selection = SelectAll();
+    selection.SetLayers({true, false, true});
+    wire::Selection sent;
+    ToWire(selection, &sent);
+    spoil(&sent);
+    const Result<Selection> read = FromWire(sent);
+    EXPECT_EQ(read.status().code(), StatusCode::kInvalidArgument);
+    return read.status().message();
+  };
+  using Wire = wire::Selection;
+  const auto has = [](const std::string& message, const std::string& word) {
+    EXPECT_NE(message.find(word), std::string::npos) << message;
+  };
+  has(refused([](Wire* sent) { sent->set_first_cuts(255); }), "part 0");
+  has(refused([](Wire* sent) { sent->set_cuts(0), sent->set_first_cuts(0x0100); }), "part 1");
+  has(refused([](Wire* sent) { sent->set_layers(std::string(1, '\0')); }), "begin and end");
+  has(refused([](Wire* sent) { sent->set_layers("\4"); }), "begin and end");
+  has(refused([](Wire* sent) { sent->set_layers("\7"); }), "lack one");
+  has(refused([](Wire* sent) { sent->set_layers("\15"); }), "behind");
+  has(refused([](Wire* sent) { sent->set_layers(std::string("\5\0", 2)); }), "2");
+  has(refused([](Wire* sent) { sent->set_layers(std::string(1 << 20, '\5')); }), "1048576");
+  has(refused([](Wire* sent) { sent->set_layer_end(kMaxLayers + 1); }), "1025");
+  has(refused([](Wire* sent) { sent->set_layer_begin(3); }), "range");
 }
 
 TEST(Manifest, VerificationFindsEveryFlippedByte) {

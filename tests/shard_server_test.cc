@@ -167,6 +167,56 @@ TEST_F(ShardServerTest, WritesLayerMajorWithAnImmediateAtEachLayersEnd) {
   EXPECT_EQ(server_->stats().payload_bytes_served, 1800U);
 }
 
+TEST_F(ShardServerTest, MovesOnlyTheRowsThatAreMissing) {
+  const TestBlock block = MakeBlock(TestKey(1), {}, 1, 5, 100, 3);
+  Store(block);
+  Selection selection;
+  selection.first_cuts = {1, 0, 0, 0};
+  selection.cuts = {3, 1, 0, 0};
+  selection.SetLayers({false, true, false, false, true});
+  wire::Envelope ask = FetchOf({block}, 1);
+  ToWire(selection, ask.mutable_fetch()->mutable_selections(0));
+  const std::vector<Action> actions = Deliver(ask);
+  ASSERT_EQ(actions.size(), 1U + 6U);
+  for (size_t i = 0; i < 6; ++i) {
+    const Transfer& transfer = actions[1 + i].transfer;
+    // Values, then refinements of keys, of layer 1 and then of layer 4.
+    const size_t layer = i < 3 ? 1 : 4;
+    const size_t row = (1 + i % 3) * 5 + layer;
+    EXPECT_TRUE(std::equal(transfer.local.begin(), transfer.local.end(),
+                           block.payload.begin() + static_cast<ptrdiff_t>(row * 100)));
+    EXPECT_EQ(transfer.remote_offset, i * 100);
+    EXPECT_EQ(transfer.immediate.has_value(), i % 3 == 2);
+    if (transfer.immediate) {
+      EXPECT_EQ(*transfer.immediate, layer - 1);
+    }
+  }
+}
+
+TEST_F(ShardServerTest, RefusesSelectionsThatCannotBe) {
+  const TestBlock block = MakeBlock(TestKey(1), {}, 1);
+  Store(block);
+  uint64_t id = 1;
+  const auto code = [&](auto&& spoil) {
+    wire::Envelope ask = FetchOf({block}, id++);
+    spoil(ask.mutable_fetch()->mutable_selections(0));
+    const std::vector<Action> actions = Deliver(ask);
+    if (actions.size() != 1) return StatusCode::kOk;
+    const wire::FetchItemReply item = Reply(actions[0]).fetch_reply().items(0);
+    EXPECT_FALSE(item.present());
+    return static_cast<StatusCode>(item.code());
+  };
+  using Wire = wire::Selection;
+  const StatusCode refused = StatusCode::kInvalidArgument;
+  EXPECT_EQ(code([](Wire*) {}), StatusCode::kOk);
+  EXPECT_EQ(code([](Wire* sent) { sent->set_cuts(1), sent->set_first_cuts(1); }), refused);
+  EXPECT_EQ(code([](Wire* sent) { sent->set_layer_end(0); }), refused);
+  EXPECT_EQ(code([](Wire* sent) { sent->set_layers(std::string(128, '\0')); }), refused);
+  EXPECT_EQ(code([](Wire* sent) { sent->set_layers(std::string(128, '\xFF')); }), refused);
+  EXPECT_EQ(code([](Wire* sent) { sent->set_layers(std::string(129, '\1')); }), refused);
+  EXPECT_EQ(code([](Wire* sent) { sent->set_layers(std::string(100'000, '\1')); }), refused);
+}
+
 TEST_F(ShardServerTest, SubmitsNoMoreThanTheClientMayHaveInFlight) {
   options_.limits.max_transfers_per_client = 4;
   Restart();

@@ -136,6 +136,8 @@ class Session {
     std::ranges::fill(request.buffer->bytes(), std::byte{});
     Selection keys_only = SelectAll();
     if (number % 2 == 0) keys_only.cuts[1] = 0;
+    if (number % 4 == 1) keys_only.first_cuts[0] = 1;
+    if (number % 8 >= 4) keys_only.SetLayers({true, false, true});
     for (uint8_t i = 0; i < 2; ++i) {
       request.items.push_back(
           {SmallKey(static_cast<uint8_t>(number + i)), 1, keys_only, uint64_t{256} * i, 256});

@@ -4,12 +4,33 @@
 #include "base/bytes.h"
 #include "base/check.h"
 #include "cache_service/manifest.h"
+#include "cache_service/wire.h"
 #include "tests/fuzz/fuzz_input.h"
 
 namespace kvant::fuzz {
 namespace {
 
 constexpr size_t kTrailerBytes = 8;
+
+// A selection as it may come from the wire; all of a block where it is none.
+Selection TakeSelection(FuzzInput* input) {
+  wire::Selection asked;
+  asked.set_cuts(input->Take<uint32_t>());
+  asked.set_layer_begin(input->Take<uint16_t>());
+  asked.set_layer_end(input->Take<uint16_t>());
+  asked.set_first_cuts(input->Take<uint16_t>());
+  const uint16_t layers = input->Take<uint16_t>();
+  for (int shift = 0; layers >> shift != 0; shift += 8) {
+    asked.mutable_layers()->push_back(static_cast<char>(layers >> shift));
+  }
+  const Result<Selection> selection = FromWire(asked);
+  if (!selection.ok()) return SelectAll();
+  KV_CHECK(selection->Validate().ok());
+  wire::Selection again;
+  ToWire(*selection, &again);
+  KV_CHECK(again.SerializeAsString() == asked.SerializeAsString());
+  return *selection;
+}
 
 void ParseAndUse(std::span<const std::byte> bytes, const Selection& selection) {
   const Result<BlockManifest> manifest = ParseManifest(bytes);
@@ -21,6 +42,8 @@ void ParseAndUse(std::span<const std::byte> bytes, const Selection& selection) {
   uint64_t bytes_of_rows = 0;
   for (const SelectedRow& row : SelectRows(*manifest, selection)) {
     KV_CHECK(row.row < manifest->rows.size() && row.packed_offset == bytes_of_rows);
+    const ManifestRow& taken = manifest->rows[row.row];
+    KV_CHECK(selection.Takes(taken.part, taken.cut, taken.layer));
     bytes_of_rows += manifest->rows[row.row].length;
   }
   uint64_t bytes_of_ranges = 0;
@@ -52,7 +75,12 @@ std::vector<Bytes> SeedInputs() {
         }
       }
     }
-    Bytes seed(12, std::byte{0xFF});
+    // Cuts, layers, first cuts, set of layers: all, refinements of keys, layers 0 and 2.
+    Bytes seed(12);
+    StoreLittle<uint32_t>(seed.data(), 0xFFFFFFFF);
+    StoreLittle<uint16_t>(seed.data() + 6, 3);
+    StoreLittle<uint16_t>(seed.data() + 8, kind == 1 ? 1 : 0);
+    StoreLittle<uint16_t>(seed.data() + 10, kind == 2 ? 0b101 : 0);
     const Bytes encoded = EncodeManifest(manifest);
     seed.insert(seed.end(), encoded.begin(), encoded.end());
     seeds.push_back(std::move(seed));
@@ -65,11 +93,7 @@ std::vector<Bytes> SeedInputs() {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace kvant::fuzz;
   FuzzInput input(data, size);
-  kvant::Selection selection = kvant::SelectAll();
-  for (uint8_t& cuts : selection.cuts) cuts = input.Take<uint8_t>();
-  selection.layer_begin = input.Take<uint16_t>();
-  selection.layer_end = input.Take<uint16_t>();
-  input.Take<uint32_t>();
+  const kvant::Selection selection = TakeSelection(&input);
   const auto rest = input.Rest();
   ParseAndUse(rest, selection);
   if (rest.size() < kTrailerBytes) return 0;

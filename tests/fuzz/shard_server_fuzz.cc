@@ -218,6 +218,13 @@ std::vector<Bytes> SeedInputs() {
     item->set_immediate_base(16 * i);
   }
   AppendMessage(kMessage, fetch, &reads);
+  // The refinements of keys, and a set of layers.
+  fetch.set_request_id(6);
+  wire::Selection* refinements = fetch.mutable_fetch()->mutable_selections(0);
+  refinements->set_first_cuts(1);
+  refinements->set_layer_end(3);
+  refinements->set_layers("\5");
+  AppendMessage(kMessage, fetch, &reads);
   reads.push_back(std::byte{kTransferOk});
   reads.push_back(std::byte{kTransferFailed});
   Bytes calls = puts;
