@@ -215,7 +215,11 @@ Status AddGemma(const GgufFile& file, const std::string& prefix, json* config) {
   // each head in the 27B model, which it knows by its 62 layers.
   KV_ASSIGN_OR_RETURN(const auto scale, metadata.Number(prefix + "attention.scale"));
   double scalar = (*config)["head_dim"].get<double>();
-  if (scale && *scale > 0.0) {
+  if (scale && (*scale < 1e-4 || *scale > 1e4)) {
+    return InvalidArgument("{}: key {}attention.scale must be from 1e-4 to 1e4, found {}",
+                           file.name(), prefix, *scale);
+  }
+  if (scale) {
     scalar = 1.0 / (*scale * *scale);
   } else if ((*config)["num_hidden_layers"] == 62) {
     scalar =

@@ -36,6 +36,11 @@ def halves(values):
     return np.ascontiguousarray(values, dtype=np.float16).view(np.uint8).reshape(len(values), 2)
 
 
+def bf16_exact(values):
+    """Numbers that bf16 holds: the file keeps fp32 and fp16 as they are, transformers is asked for bf16."""
+    return torch.from_numpy(values.astype(np.float32)).bfloat16().float().numpy()
+
+
 def k_blocks(generator, qtype, count, scales, minima=None):
     """Random blocks of a K type, which gguf-py does not quantize to: every byte but the scales."""
     _, size = gguf.GGML_QUANT_SIZES[qtype]
@@ -73,6 +78,7 @@ class ModelWriter:
 
     def __init__(self, path, architecture, seed):
         self.out = gguf.GGUFWriter(path, architecture)
+        self.gemma = architecture == "gemma3"
         self.generator = np.random.default_rng(seed)
 
     def matrix(self, name, rows, columns, type_name, std=0.08):
@@ -85,13 +91,17 @@ class ModelWriter:
         else:
             values = self.generator.normal(0, std, (rows, columns)).astype(np.float32)
             if type_name in ("F32", "F16"):
-                self.out.add_tensor(name, values.astype({"F32": np.float32, "F16": np.float16}[type_name]))
+                exact = bf16_exact(values).astype({"F32": np.float32, "F16": np.float16}[type_name])
+                self.out.add_tensor(name, exact)
                 return
             data = gguf.quants.quantize(values, qtype)
         self.out.add_tensor(name, data, raw_dtype=qtype)
 
     def vector(self, name, size, mean=1.0):
-        self.out.add_tensor(name, (mean + self.generator.normal(0, 0.1, size)).astype(np.float32))
+        # Gemma's norms are stored as 1 + w; w is what bf16 must hold.
+        add = 1.0 if self.gemma and name.endswith("norm.weight") else 0.0
+        values = bf16_exact(mean - add + self.generator.normal(0, 0.1, size))
+        self.out.add_tensor(name, np.float32(add) + values)
 
     def close(self):
         self.out.write_header_to_file()
