@@ -12,6 +12,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -253,6 +254,16 @@ TEST_P(ModelGolden, Batch) {
   }
   for (int step = 0; step < 20; ++step) ASSERT_NO_FATAL_FAILURE(Step(&batch, "batch"));
   EXPECT_GT(compared_, 10U);
+}
+
+TEST(ModelGoldenCases, CoverEveryArchitecture) {
+  std::set<Architecture> covered;
+  for (const std::string& name : Cases()) {
+    const auto config = LoadConfig(GoldenDirectory() / name);
+    ASSERT_TRUE(config.ok()) << config.status().ToString();
+    covered.insert(config->architecture);
+  }
+  EXPECT_EQ(covered.size(), static_cast<size_t>(Architecture::kDeepseekV3) + 1);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, ModelGolden, testing::ValuesIn(Cases()),
