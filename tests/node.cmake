@@ -15,6 +15,7 @@ kvant_test(decoder_test
   LABELS unit property)
 kvant_test(model_golden_test LIBS kvant_test_models LABELS golden)
 kvant_test(logits_command_test LIBS kvant_test_models LABELS unit golden)
+kvant_test(make_checkpoint_test LIBS kvant_test_models LABELS unit)
 
 # A node and what it is asked, for tests of the whole path.
 add_library(kvant_test_nodes support/node_world.cc support/random_requests.cc)
