@@ -2,7 +2,7 @@
 """Compares `kvant logits` and `kvant tokenize` with transformers on random tokens and texts.
 
   check_logits.py MODEL [--tokens N] [--seed S]     MODEL: a Hugging Face directory or a .gguf file
-  check_logits.py --random ARCH [--seed S]          a random checkpoint of a random shape, made first
+  check_logits.py --random ARCH [--seed S] [--count N]    random checkpoints of random shapes, made first
 
 Needs torch and transformers (and gguf for .gguf files); run from the top of the tree. Prints the
 largest relative error of the logits and how many texts got the same ids; exits with 1 if the error
@@ -18,12 +18,12 @@ import tempfile
 
 import numpy
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 import models
 
 TEXTS = [
-    "Hello, world!", " leading and trailing ", "", "\n\n\t tabs\r\nand  spaces   ", "don't we'll I'M",
+    "Hello, world!", " leading and trailing ", "\n\n\t tabs\r\nand  spaces   ", "don't we'll I'M",
     "def f(x):\n    return x ** 2  # 3.14e-10\n", "1234567 12 3 007", "naïve café, Ærøskøbing, ß",
     "Привет, мир", "שלום עולם", "مرحبا بالعالم", "नमस्ते दुनिया", "你好，世界", "こんにちは世界", "안녕하세요",
     "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇰 ✨", "a\u0301 e\u0308 \u00e4", "\u200b\u00a0\u3000\ufeff", "<|begin_of_text|> <bos> </s>",
@@ -33,11 +33,12 @@ TEXTS = [
 def arguments_of():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=pathlib.Path)
-    parser.add_argument("--random", metavar="ARCH", choices=sorted(models.BASE),
-                        help=", ".join(sorted(models.BASE)))
+    parser.add_argument("--random", metavar="ARCH", choices=[*models.BASE, "all"],
+                        help=", ".join(models.BASE) + " or all")
+    parser.add_argument("--count", type=int, default=1, help="checkpoints of each ARCH")
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--texts", type=int, default=200, help="random texts besides the fixed ones")
+    parser.add_argument("--texts", type=int, default=100, help="random texts besides the fixed ones")
     parser.add_argument("--tolerance", type=float, default=1e-4)
     parser.add_argument("--bf16-weights", action="store_true",
                         help="round matrices to bf16 first, as kvant does with quantized ones")
@@ -112,7 +113,7 @@ def random_shape(model_type, rng):
 
 
 def make_random(model_type, seed, directory):
-    rng = random.Random(seed)
+    rng = random.Random(f"{model_type} {seed}")
     shape = random_shape(model_type, rng)
     dtype = rng.choice([models.BF16, models.FP16, models.FP32])
     spelling = "transformers 5"
@@ -139,9 +140,9 @@ def run(kvant, *command):
     return result.stdout
 
 
-def check_logits(arguments, model):
+def check_logits(arguments, model, seed):
     source, options = source_of(model)
-    generator = torch.Generator().manual_seed(arguments.seed)
+    generator = torch.Generator().manual_seed(seed)
     vocab = AutoConfig.from_pretrained(source, **options).get_text_config().vocab_size
     tokens = torch.randint(0, vocab, (arguments.tokens,), generator=generator)
     with tempfile.TemporaryDirectory() as directory:
@@ -162,10 +163,14 @@ def random_text(rng):
     return "".join(rng.choice(rng.choice(alphabets)) for _ in range(rng.randint(1, 60)))
 
 
-def check_ids(arguments, model):
-    source, options = source_of(model)
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    rng = random.Random(arguments.seed)
+def check_ids(arguments, model, seed):
+    if (model / "tokenizer.json").exists():
+        # AutoTokenizer builds some families' tokenizers anew, from the vocabulary alone.
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(model / "tokenizer.json"))
+    else:
+        source, options = source_of(model)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    rng = random.Random(seed)
     texts = TEXTS + [random_text(rng) for _ in range(arguments.texts)]
     wrong = 0
     for text in texts:
@@ -179,15 +184,24 @@ def check_ids(arguments, model):
     return wrong == 0
 
 
+def check(arguments, model, seed):
+    same_ids = check_ids(arguments, model, seed)
+    return check_logits(arguments, model, seed) and same_ids
+
+
 def main():
     arguments = arguments_of()
-    with tempfile.TemporaryDirectory() as directory:
-        model = arguments.model
-        if arguments.random:
-            model = pathlib.Path(directory) / arguments.random
-            make_random(arguments.random, arguments.seed, model)
-        same_ids = check_ids(arguments, model)
-        sys.exit(0 if check_logits(arguments, model) and same_ids else 1)
+    if not arguments.random:
+        sys.exit(0 if check(arguments, arguments.model, arguments.seed) else 1)
+    failed = []
+    for model_type in models.BASE if arguments.random == "all" else [arguments.random]:
+        for seed in range(arguments.seed, arguments.seed + arguments.count):
+            with tempfile.TemporaryDirectory() as directory:
+                model = pathlib.Path(directory) / model_type
+                make_random(model_type, seed, model)
+                if not check(arguments, model, seed):
+                    failed.append(f"--random {model_type} --seed {seed}")
+    sys.exit("failed: " + ", ".join(failed) if failed else 0)
 
 
 if __name__ == "__main__":
