@@ -104,6 +104,8 @@ CASES = {
     # The norms of the latents keep an epsilon of their own, 1e-6.
     "deepseek_v2_grouped_yarn": ("deepseek_v2", BF16, dict(
         q_lora_rank=20, topk_method="group_limited_greedy", n_group=3, topk_group=2,
+        # More experts than groups: fewer would be the same experts as without groups.
+        num_experts_per_tok=3,
         routed_scaling_factor=2.5, rms_norm_eps=1e-3,
         rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.5})),
     "deepseek_v3_yarn_v4": ("deepseek_v3", BF16, dict(
