@@ -18,3 +18,10 @@ kvant_program_test(generate_program_test LABELS unit TIMEOUT 600)
 if(KV_HAVE_MPI)
   kvant_program_test(mpi_program_test LABELS mpi TIMEOUT 600)
 endif()
+
+# The real model is asked for by path: scripts/check --real-model.
+set(KV_REAL_MODEL "" CACHE FILEPATH "GGUF file of Gemma 3 270M that real_model_test runs on")
+if(KV_REAL_MODEL)
+  kvant_program_test(real_model_test LABELS real-model golden TIMEOUT 1800)
+  target_compile_definitions(real_model_test PRIVATE REAL_MODEL_PATH="${KV_REAL_MODEL}")
+endif()
