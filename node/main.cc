@@ -13,6 +13,7 @@
 #include "node/report.h"
 #include "node/requests.h"
 #include "node/run.h"
+#include "node/tokenize_command.h"
 
 namespace kvant::node {
 namespace {
@@ -153,6 +154,19 @@ int Main(int argc, char** argv) {
            "Of the shard in this process (default 512MiB)");
   generate_command->add_flag("--json", generate.json, "Print one JSON object");
 
+  TokenizeOptions tokenize;
+  CLI::App* tokenize_command = app.add_subcommand("tokenize", "Print the token ids of a text");
+  tokenize_command
+      ->add_option("--model", tokenize.model, "Hugging Face model directory, or a GGUF file")
+      ->required();
+  auto* tokenize_text = tokenize_command->add_option("--text", tokenize.text, "Text");
+  auto* tokenize_file =
+      tokenize_command->add_option("--text-file", tokenize.text_file, "File with the text");
+  tokenize_text->excludes(tokenize_file);
+  tokenize_command->add_flag("!--no-special", tokenize.add_special,
+                             "Leave out what the tokenizer puts around a text (BOS, EOS)");
+  tokenize_command->add_flag("--json", tokenize.json, "Print a list of ids and pieces");
+
   std::string report_in;
   std::string baseline_in;
   CLI::App* report_command = app.add_subcommand("report", "Show the report of a run");
@@ -210,6 +224,12 @@ int Main(int argc, char** argv) {
     return ExitWith(Generate(generate));
   }
   if (logits_command->parsed()) return ExitWith(WriteLogits(logits));
+  if (tokenize_command->parsed()) {
+    if (tokenize_text->empty() && tokenize_file->empty()) {
+      return Explain(InvalidArgument("nothing to tokenize: give --text or --text-file"));
+    }
+    return ExitWith(Tokenize(tokenize));
+  }
   if (report_command->parsed()) return ExitWith(ShowReport(report_in, baseline_in));
   if (bench_transport->parsed()) return ExitWith(BenchTransport(bench, &argc, &argv));
   return ExitWith(BenchNode(bench));

@@ -1,345 +1,124 @@
 #include "node/tokenizer.h"
 
 #include <algorithm>
-#include <array>
 #include <deque>
-#include <map>
-#include <unordered_map>
+#include <system_error>
 #include <utility>
 
-#include "node/bpe.h"
 #include "node/json.h"
-#include "node/pre_tokenizer.h"
+#include "node/tokenizer_parts.h"
 #include "node/utf8.h"
 
 namespace kvant::node {
 namespace {
 
-using nlohmann::json;
-
 constexpr uint64_t kMaxFileBytes = uint64_t{256} << 20;
-constexpr int64_t kMaxTokenId = (int64_t{1} << 22) - 1;
-
-Status Unsupported(const std::string& name, std::string_view what) {
-  return MakeStatus(
-      StatusCode::kUnsupported,
-      "{}: {} is not supported; supported is byte-level BPE as in Llama 3 and GPT-2: "
-      "model BPE, decoder ByteLevel, normalizer none or NFC, post-processor ByteLevel "
-      "or TemplateProcessing",
-      name, what);
-}
-
-std::string TypeOf(const json& part) {
-  if (!part.is_object()) return "";
-  const json* type = FindField(part, "type");
-  return type != nullptr && type->is_string() ? type->get<std::string>() : "";
-}
-
-// GPT-2's alphabet: printable bytes of Latin-1 stand for themselves, the others for U+0100 on.
-std::array<char32_t, 256> ByteAlphabet() {
-  std::array<char32_t, 256> alphabet{};
-  char32_t next = 256;
-  for (char32_t byte = 0; byte < 256; ++byte) {
-    const bool itself = (byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte <= 0xAC) ||
-                        (byte >= 0xAE && byte <= 0xFF);
-    alphabet[byte] = itself ? byte : next++;
-  }
-  return alphabet;
-}
-
-// Characters that no normalization to NFC changes, whatever stands beside them: neither combining
-// nor composed anew. A part of those with NFC_Quick_Check=Yes and combining class 0.
-bool NfcLeavesAlone(char32_t c) {
-  constexpr std::pair<char32_t, char32_t> kRanges[] = {
-      {0x0000, 0x02FF},   // Latin, IPA
-      {0x0391, 0x03CE},   // Greek
-      {0x0400, 0x0482},   // Cyrillic
-      {0x048A, 0x052F},   // Cyrillic
-      {0x05D0, 0x05EA},   // Hebrew letters
-      {0x0620, 0x064A},   // Arabic letters
-      {0x0E01, 0x0E30},   // Thai consonants
-      {0x2010, 0x2027},   // punctuation
-      {0x2030, 0x205E},   // punctuation
-      {0x20A0, 0x20BF},   // currency
-      {0x2190, 0x21FF},   // arrows
-      {0x2200, 0x22FF},   // mathematics
-      {0x2500, 0x27BF},   // boxes, symbols, dingbats
-      {0x3000, 0x3029},   // ideographic punctuation
-      {0x3041, 0x3096},   // Hiragana
-      {0x30A0, 0x30FF},   // Katakana
-      {0x4E00, 0x9FFF},   // ideographs
-      {0xAC00, 0xD7A3},   // Hangul syllables
-      {0xFE0F, 0xFE0F},   // emoji variation
-      {0xFF01, 0xFF9D},   // full-width forms
-      {0x1F300, 0x1FAFF}  // emoji
-  };
-  return std::any_of(std::begin(kRanges), std::end(kRanges),
-                     [c](const auto& range) { return c >= range.first && c <= range.second; });
-}
-
-// Finds the added tokens that are written in a text: leftmost, and the longest of those.
-class AddedTokens {
- public:
-  void Add(std::string content, int32_t id) {
-    auto& list = by_first_byte_[static_cast<uint8_t>(content.front())];
-    list.emplace_back(std::move(content), id);
-    std::sort(list.begin(), list.end(),
-              [](const auto& a, const auto& b) { return a.first.size() > b.first.size(); });
-  }
-  // Calls on_text(part) and on_token(id) in order; empty parts are left out.
-  template <typename OnText, typename OnToken>
-  Status Cut(std::string_view text, const OnText& on_text, const OnToken& on_token) const {
-    size_t done = 0;
-    for (size_t at = 0; at < text.size();) {
-      const std::pair<std::string, int32_t>* found = nullptr;
-      for (const auto& candidate : by_first_byte_[static_cast<uint8_t>(text[at])]) {
-        if (text.substr(at).starts_with(candidate.first)) {
-          found = &candidate;
-          break;
-        }
-      }
-      if (found == nullptr) {
-        ++at;
-        continue;
-      }
-      if (at > done) KV_RETURN_IF_ERROR(on_text(text.substr(done, at - done)));
-      on_token(found->second);
-      at += found->first.size();
-      done = at;
-    }
-    if (done < text.size()) KV_RETURN_IF_ERROR(on_text(text.substr(done)));
-    return OkStatus();
-  }
-
- private:
-  std::array<std::vector<std::pair<std::string, int32_t>>, 256> by_first_byte_;  // longest first
-};
+constexpr size_t kMaxTextBytes = size_t{1} << 30;
+constexpr std::string_view kReplacement = "\xEF\xBF\xBD";  // U+FFFD
 
 }  // namespace
 
-struct Tokenizer::Parts {
-  // One entry per id; written empty: no such token.
-  struct Token {
-    std::string written;  // as in the vocabulary
-    std::string bytes;
-    bool special = false;
-  };
+const std::array<char32_t, 256>& ByteAlphabet() {
+  static const std::array<char32_t, 256> alphabet = [] {
+    std::array<char32_t, 256> result{};
+    char32_t next = 256;
+    for (char32_t byte = 0; byte < 256; ++byte) {
+      const bool itself = (byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte <= 0xAC) ||
+                          (byte >= 0xAE && byte <= 0xFF);
+      result[byte] = itself ? byte : next++;
+    }
+    return result;
+  }();
+  return alphabet;
+}
 
-  Status ParseVocabulary(const json& model, const std::string& name);
-  Status ParseMerges(const json& model, const std::string& name);
-  Status ParseAddedTokens(const json& list, const std::string& name);
-  Status ParseNormalizer(const json* normalizer, const std::string& name);
-  Status ParsePostProcessor(const json* post_processor, const std::string& name);
-  Status ParseTemplate(const json& processor, const std::string& name);
-  Status AddToken(const std::string& written, const json& id, const std::string& name);
-  // Pre-tokenizes a text without added tokens and appends its ids.
-  Status EncodeText(std::string_view text, std::vector<int32_t>* ids) const;
+void ReadByteAlphabet(Vocabulary* vocabulary) {
+  std::array<int, 512> byte_of{};
+  byte_of.fill(-1);
+  for (int byte = 0; byte < 256; ++byte) byte_of[ByteAlphabet()[static_cast<size_t>(byte)]] = byte;
+  for (Vocabulary::Token& token : vocabulary->tokens) {
+    const std::string written = std::exchange(token.bytes, {});
+    for (size_t at = 0; at < written.size();) {
+      const Utf8Unit unit = Utf8At(written, at);
+      at += unit.bytes;
+      const int byte = unit.code_point < byte_of.size() ? byte_of[unit.code_point] : -1;
+      if (unit.kind != Utf8Unit::Kind::kCharacter || byte < 0) {
+        token.bytes = written;
+        break;
+      }
+      token.bytes.push_back(static_cast<char>(byte));
+    }
+  }
+}
 
-  std::array<char32_t, 256> alphabet = ByteAlphabet();
-  std::map<char32_t, uint8_t> byte_of;  // the inverse of alphabet
-  std::vector<Token> tokens;
-  std::unordered_map<std::string, int32_t> ids;
-  BpeMerges merges;
-  bool ignore_merges = false;  // a piece that is a token is that token
-  bool nfc = false;
-  AddedTokens raw_added;         // looked for before the normalizer
-  AddedTokens normalized_added;  // and behind it
-  std::unique_ptr<PreTokenizer> pre_tokenizer;
-  std::vector<int32_t> before;  // the template's special tokens around the text
-  std::vector<int32_t> after;
-};
+std::optional<uint8_t> ByteOfToken(std::string_view written) {
+  if (written.size() != 6 || !written.starts_with("<0x") || written.back() != '>') return {};
+  int value = 0;
+  for (const char c : written.substr(3, 2)) {
+    const size_t digit = std::string_view("0123456789abcdef0123456789ABCDEF").find(c);
+    if (digit == std::string_view::npos) return {};
+    value = value * 16 + static_cast<int>(digit % 16);
+  }
+  return static_cast<uint8_t>(value);
+}
 
-Status Tokenizer::Parts::AddToken(const std::string& written, const json& id,
-                                  const std::string& name) {
-  if (!id.is_number_unsigned() || id.get<uint64_t>() > static_cast<uint64_t>(kMaxTokenId)) {
+std::string TokenOfByte(uint8_t byte) { return fmt::format("<0x{:02X}>", byte); }
+
+Status Vocabulary::Add(std::string_view written, uint64_t id, bool in_model,
+                       const std::string& name) {
+  if (id > static_cast<uint64_t>(kMaxTokenId)) {
     return InvalidArgument("{}: the id of token \"{}\" must be an integer from 0 to {}", name,
                            written, kMaxTokenId);
   }
-  if (written.empty()) return InvalidArgument("{}: a token is empty", name);
-  const auto index = id.get<size_t>();
-  if (index >= tokens.size()) tokens.resize(index + 1);
-  Token& token = tokens[index];
+  if (written.empty()) return OkStatus();  // nothing can be written so
+  if (id >= tokens.size()) tokens.resize(id + 1);
+  Token& token = tokens[id];
   if (!token.written.empty() && token.written != written) {
-    return InvalidArgument("{}: id {} has two tokens, \"{}\" and \"{}\"", name, index,
-                           token.written, written);
+    return InvalidArgument("{}: id {} has two tokens, \"{}\" and \"{}\"", name, id, token.written,
+                           written);
   }
   token.written = written;
-  ids[written] = static_cast<int32_t>(index);
-  // A token with any character outside the alphabet stands for its own UTF-8 (tokenizers,
-  // byte_level.rs, decode_chain).
-  token.bytes.clear();
-  for (size_t at = 0; at < written.size();) {
-    const Utf8Unit unit = Utf8At(written, at);
-    const auto byte = byte_of.find(unit.code_point);
-    if (byte == byte_of.end()) {
-      token.bytes = written;
-      break;
-    }
-    token.bytes.push_back(static_cast<char>(byte->second));
-    at += unit.bytes;
-  }
+  token.bytes = written;
+  token.in_model |= in_model;
+  ids.insert_or_assign(token.written, static_cast<int32_t>(id));
   return OkStatus();
 }
 
-Status Tokenizer::Parts::ParseVocabulary(const json& model, const std::string& name) {
-  const json* vocabulary = FindField(model, "vocab");
-  if (vocabulary == nullptr || !vocabulary->is_object()) {
-    return InvalidArgument("{}: field \"model.vocab\" must be an object", name);
-  }
-  for (const auto& [written, id] : vocabulary->items()) {
-    KV_RETURN_IF_ERROR(AddToken(written, id, name));
-  }
-  for (int byte = 0; byte < 256; ++byte) {
-    const bool in_utf8 = byte < 0xF5 && byte != 0xC0 && byte != 0xC1;
-    std::string written;
-    AppendUtf8(alphabet[static_cast<size_t>(byte)], &written);
-    const auto found = ids.find(written);
-    if (found == ids.end()) {
-      if (!in_utf8) continue;
-      return Unsupported(name, fmt::format("a vocabulary without a token for byte 0x{:02x}", byte));
-    }
-    merges.SetByte(static_cast<uint8_t>(byte), found->second);
-  }
-  return OkStatus();
+const Vocabulary::Token* Vocabulary::Find(int32_t id) const {
+  if (id < 0 || static_cast<size_t>(id) >= tokens.size()) return nullptr;
+  const Token& token = tokens[static_cast<size_t>(id)];
+  return token.written.empty() ? nullptr : &token;
 }
 
-Status Tokenizer::Parts::ParseMerges(const json& model, const std::string& name) {
-  const json* list = FindField(model, "merges");
-  if (list == nullptr || !list->is_array()) {
-    return InvalidArgument("{}: field \"model.merges\" must be a list", name);
-  }
-  size_t number = 0;
-  for (const json& merge : *list) {
-    ++number;
-    // Two forms: "a b", and ["a", "b"] since tokenizers 0.20.
-    std::string left;
-    std::string right;
-    if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string()) {
-      left = merge[0].get<std::string>();
-      right = merge[1].get<std::string>();
-    } else if (merge.is_string()) {
-      const auto& both = merge.get_ref<const std::string&>();
-      const size_t space = both.find(' ');
-      left = both.substr(0, space);
-      if (space != std::string::npos) right = both.substr(space + 1);
-    }
-    const auto left_id = ids.find(left);
-    const auto right_id = ids.find(right);
-    const auto merged_id = ids.find(left + right);
-    if (left_id == ids.end() || right_id == ids.end() || merged_id == ids.end()) {
-      return InvalidArgument(
-          "{}: merge number {} (\"{}\" with \"{}\") must be two tokens of the vocabulary whose "
-          "concatenation is one, too",
-          name, number, left, right);
-    }
-    merges.Add(left_id->second, right_id->second, merged_id->second);
-  }
-  return OkStatus();
+std::optional<int32_t> Vocabulary::IdOf(std::string_view written) const {
+  const auto found = ids.find(written);
+  return found == ids.end() ? std::nullopt : std::optional(found->second);
 }
 
-Status Tokenizer::Parts::ParseAddedTokens(const json& list, const std::string& name) {
-  if (!list.is_array()) return InvalidArgument("{}: \"added_tokens\" must be a list", name);
-  for (const json& entry : list) {
-    const json* id = entry.is_object() ? FindField(entry, "id") : nullptr;
-    if (id == nullptr) return InvalidArgument("{}: an added token has no id", name);
-    KV_ASSIGN_OR_RETURN(const std::string content, StringField(entry, "content", "", name));
-    for (const std::string_view flag : {"lstrip", "rstrip", "single_word"}) {
-      KV_ASSIGN_OR_RETURN(const bool set, BooleanField(entry, flag, false, name));
-      if (set) return Unsupported(name, fmt::format("{} of added token {}", flag, content));
-    }
-    KV_ASSIGN_OR_RETURN(const bool special, BooleanField(entry, "special", false, name));
-    KV_ASSIGN_OR_RETURN(const bool normalized, BooleanField(entry, "normalized", !special, name));
-    KV_RETURN_IF_ERROR(AddToken(content, *id, name));
-    tokens[id->get<size_t>()].special = special;
-    (normalized ? normalized_added : raw_added).Add(content, id->get<int32_t>());
-  }
-  return OkStatus();
-}
-
-Status Tokenizer::Parts::ParseNormalizer(const json* normalizer, const std::string& name) {
-  if (normalizer == nullptr) return OkStatus();
-  nfc = TypeOf(*normalizer) == "NFC";
-  const json* list = normalizer->is_object() ? FindField(*normalizer, "normalizers") : nullptr;
-  const bool nothing = TypeOf(*normalizer) == "Sequence" && list != nullptr && list->empty();
-  if (!nfc && !nothing) return Unsupported(name, "normalizer " + TypeOf(*normalizer));
-  return OkStatus();
-}
-
-Status Tokenizer::Parts::ParseTemplate(const json& processor, const std::string& name) {
-  const json* single = FindField(processor, "single");
-  const json* specials = FindField(processor, "special_tokens");
-  if (single == nullptr || !single->is_array()) {
-    return InvalidArgument("{}: TemplateProcessing needs a list \"single\"", name);
-  }
-  int sequences = 0;
-  for (const json& part : *single) {
-    if (!part.is_object()) return InvalidArgument("{}: a part of \"single\" is no object", name);
-    if (part.contains("Sequence")) {
-      ++sequences;
-      continue;
-    }
-    const json* token = FindField(part, "SpecialToken");
-    const json* id = token != nullptr && token->is_object() ? FindField(*token, "id") : nullptr;
-    const bool known = id != nullptr && id->is_string() && specials != nullptr &&
-                       specials->is_object() && specials->contains(id->get<std::string>());
-    const json* entry = known ? &(*specials)[id->get<std::string>()] : nullptr;
-    const json* list = known && entry->is_object() ? FindField(*entry, "ids") : nullptr;
-    if (list == nullptr || !list->is_array()) {
-      return InvalidArgument(
-          "{}: TemplateProcessing: a special token of \"single\" is not in "
-          "\"special_tokens\"",
-          name);
-    }
-    for (const json& value : *list) {
-      if (!value.is_number_unsigned() || value.get<uint64_t>() >= tokens.size()) {
-        return InvalidArgument(
-            "{}: TemplateProcessing: special token {} has an id outside the "
-            "vocabulary",
-            name, id->get<std::string>());
-      }
-      (sequences == 0 ? before : after).push_back(value.get<int32_t>());
-    }
-  }
-  if (sequences != 1) return Unsupported(name, "a template with other than one sequence");
-  return OkStatus();
-}
-
-Status Tokenizer::Parts::ParsePostProcessor(const json* post_processor, const std::string& name) {
-  if (post_processor == nullptr) return OkStatus();
-  std::vector<const json*> processors = {post_processor};
-  if (TypeOf(*post_processor) == "Sequence") {
-    const json* list = FindField(*post_processor, "processors");
-    if (list == nullptr || !list->is_array()) {
-      return InvalidArgument("{}: post-processor Sequence needs a list \"processors\"", name);
-    }
-    processors.clear();
-    for (const json& processor : *list) processors.push_back(&processor);
-  }
-  int templates = 0;
-  for (const json* processor : processors) {
-    const std::string type = TypeOf(*processor);
-    if (type == "ByteLevel") continue;  // moves offsets, no ids
-    if (type != "TemplateProcessing") return Unsupported(name, "post-processor " + type);
-    if (++templates > 1) return Unsupported(name, "more than one TemplateProcessing");
-    KV_RETURN_IF_ERROR(ParseTemplate(*processor, name));
-  }
-  return OkStatus();
-}
-
-Status Tokenizer::Parts::EncodeText(std::string_view text, std::vector<int32_t>* out) const {
+Status BpeEncoder::Encode(std::string_view text, bool at_start, std::vector<int32_t>* ids) const {
   std::deque<std::string> owned;
-  KV_ASSIGN_OR_RETURN(const auto pieces, pre_tokenizer->Cut(text, &owned));
-  std::string written;
+  KV_ASSIGN_OR_RETURN(const auto pieces, pre_tokenizer->Cut(text, at_start, &owned));
+  std::string spelled;
+  std::vector<int32_t> begin;
   for (const std::string_view piece : pieces) {
-    if (ignore_merges) {
-      written.clear();
-      for (const char byte : piece) AppendUtf8(alphabet[static_cast<uint8_t>(byte)], &written);
-      if (const auto whole = ids.find(written); whole != ids.end()) {
-        out->push_back(whole->second);
+    if (whole_pieces != nullptr) {
+      std::string_view written = piece;
+      if (pre_tokenizer->byte_level()) {
+        spelled.clear();
+        for (const char byte : piece) {
+          AppendUtf8(ByteAlphabet()[static_cast<uint8_t>(byte)], &spelled);
+        }
+        written = spelled;
+      }
+      const auto whole = whole_pieces->IdOf(written);
+      if (whole.has_value() && whole_pieces->Find(*whole)->in_model) {
+        ids->push_back(*whole);
         continue;
       }
     }
-    merges.Encode(piece, out);
+    begin.clear();
+    symbols.Of(piece, &begin);
+    merges.Merge(begin, ids);
   }
   return OkStatus();
 }
@@ -352,49 +131,35 @@ Result<std::unique_ptr<Tokenizer>> Tokenizer::Load(const std::filesystem::path& 
   return Parse(text, tokenizer_json.string());
 }
 
-Result<std::unique_ptr<Tokenizer>> Tokenizer::Parse(std::string_view text,
-                                                    const std::string& name) {
-  KV_ASSIGN_OR_RETURN(const json root, ParseJson(text, name));
-  const json* model = root.is_object() ? FindField(root, "model") : nullptr;
-  if (model == nullptr || !model->is_object()) {
-    return InvalidArgument("{}: field \"model\" must be an object", name);
+Result<std::unique_ptr<Tokenizer>> Tokenizer::LoadFrom(const std::filesystem::path& directory) {
+  std::error_code error;
+  const auto description = directory / "tokenizer.json";
+  const auto proto = directory / "tokenizer.model";
+  if (std::filesystem::exists(description, error) || !std::filesystem::exists(proto, error)) {
+    return Load(description);
   }
-  // Old files of BPE carry no type.
-  KV_ASSIGN_OR_RETURN(const std::string type, StringField(*model, "type", "BPE", name));
-  if (type != "BPE") return Unsupported(name, "model " + type);
-  for (const std::string_view affix : {"continuing_subword_prefix", "end_of_word_suffix"}) {
-    KV_ASSIGN_OR_RETURN(const std::string value, StringField(*model, affix, "", name));
-    if (!value.empty()) return Unsupported(name, affix);
+  KV_ASSIGN_OR_RETURN(const std::string bytes, ReadFile(proto, kMaxFileBytes));
+  bool add_bos = true;
+  bool add_eos = false;
+  const auto config_path = directory / "tokenizer_config.json";
+  if (std::filesystem::exists(config_path, error)) {
+    KV_ASSIGN_OR_RETURN(const std::string text, ReadFile(config_path, kMaxFileBytes));
+    KV_ASSIGN_OR_RETURN(const nlohmann::json config, ParseJson(text, config_path.string()));
+    if (config.is_object()) {
+      KV_ASSIGN_OR_RETURN(add_bos,
+                          BooleanField(config, "add_bos_token", true, config_path.string()));
+      KV_ASSIGN_OR_RETURN(add_eos,
+                          BooleanField(config, "add_eos_token", false, config_path.string()));
+    }
   }
-  KV_ASSIGN_OR_RETURN(const bool byte_fallback, BooleanField(*model, "byte_fallback", false, name));
-  if (byte_fallback) return Unsupported(name, "byte_fallback (SentencePiece)");
-  KV_ASSIGN_OR_RETURN(const double dropout, NumberField(*model, "dropout", 0.0, 1.0, 0.0, name));
-  if (dropout != 0.0) return Unsupported(name, "dropout");
-  const json* decoder = FindField(root, "decoder");
-  if (decoder == nullptr || TypeOf(*decoder) != "ByteLevel") {
-    return Unsupported(name, "decoder " + (decoder == nullptr ? "none" : TypeOf(*decoder)));
-  }
-
-  auto parts = std::make_unique<Parts>();
-  for (size_t byte = 0; byte < 256; ++byte) {
-    parts->byte_of[parts->alphabet[byte]] = static_cast<uint8_t>(byte);
-  }
-  KV_ASSIGN_OR_RETURN(parts->ignore_merges, BooleanField(*model, "ignore_merges", false, name));
-  KV_RETURN_IF_ERROR(parts->ParseVocabulary(*model, name));
-  KV_RETURN_IF_ERROR(parts->ParseMerges(*model, name));
-  if (const json* added = FindField(root, "added_tokens"); added != nullptr) {
-    KV_RETURN_IF_ERROR(parts->ParseAddedTokens(*added, name));
-  }
-  KV_RETURN_IF_ERROR(parts->ParseNormalizer(FindField(root, "normalizer"), name));
-  const json* pre_tokenizer = FindField(root, "pre_tokenizer");
-  KV_ASSIGN_OR_RETURN(
-      parts->pre_tokenizer,
-      PreTokenizer::Parse(pre_tokenizer == nullptr ? json() : *pre_tokenizer, name));
-  KV_RETURN_IF_ERROR(parts->ParsePostProcessor(FindField(root, "post_processor"), name));
-  return std::unique_ptr<Tokenizer>(new Tokenizer(std::move(parts)));
+  return ParseSentencePiece(bytes, add_bos, add_eos, proto.string());
 }
 
 Result<std::vector<int32_t>> Tokenizer::Encode(std::string_view text, bool add_special) const {
+  if (text.size() > kMaxTextBytes) {
+    return InvalidArgument("encoding a text of {} bytes: more than {} are not taken at once",
+                           text.size(), kMaxTextBytes);
+  }
   if (const auto invalid = FindInvalidUtf8(text); invalid.has_value()) {
     return InvalidArgument("encoding a text of {} bytes: it is not UTF-8 at byte {}", text.size(),
                            *invalid);
@@ -402,19 +167,18 @@ Result<std::vector<int32_t>> Tokenizer::Encode(std::string_view text, bool add_s
   std::vector<int32_t> ids;
   if (add_special) ids = parts_->before;
   const auto push = [&](int32_t id) { ids.push_back(id); };
-  const auto encode = [&](std::string_view part) { return parts_->EncodeText(part, &ids); };
-  const auto normalize = [&](std::string_view part) -> Status {
-    for (size_t at = 0; parts_->nfc && at < part.size();) {
-      const Utf8Unit unit = Utf8At(part, at);
-      if (!NfcLeavesAlone(unit.code_point)) {
-        return MakeStatus(StatusCode::kUnsupported,
-                          "encoding a text of {} bytes: the tokenizer normalizes to NFC, which is "
-                          "not implemented for U+{:04X}; use a model without normalizer for it",
-                          text.size(), static_cast<uint32_t>(unit.code_point));
-      }
-      at += unit.bytes;
+  const auto normalize = [&](std::string_view part, bool at_start) -> Status {
+    std::string normalized;
+    if (!parts_->normalizer->empty()) {
+      KV_ASSIGN_OR_RETURN(normalized, parts_->normalizer->Apply(part));
+      part = normalized;
     }
-    return parts_->normalized_added.Cut(part, encode, push);
+    return parts_->normalized_added.Cut(
+        part,
+        [&](std::string_view inner, bool inner_start) {
+          return parts_->encoder->Encode(inner, at_start && inner_start, &ids);
+        },
+        push);
   };
   KV_RETURN_IF_ERROR(parts_->raw_added.Cut(text, normalize, push));
   if (add_special) ids.insert(ids.end(), parts_->after.begin(), parts_->after.end());
@@ -422,43 +186,110 @@ Result<std::vector<int32_t>> Tokenizer::Encode(std::string_view text, bool add_s
 }
 
 std::string Tokenizer::Decode(std::span<const int32_t> ids, bool skip_special) const {
-  std::string bytes;
-  for (const int32_t id : ids) {
-    if (!(skip_special && IsSpecial(id))) bytes += TokenBytes(id);
-  }
+  StreamDecoder stream(this, skip_special);
   std::string text;
-  AppendUtf8Lossy(bytes, false, &text);
+  for (const int32_t id : ids) text += stream.Push(id);
+  text += stream.Finish();
   return text;
 }
 
 std::string_view Tokenizer::TokenBytes(int32_t id) const {
-  return id >= 0 && id < vocab_size() ? parts_->tokens[static_cast<size_t>(id)].bytes
-                                      : std::string_view();
+  const Vocabulary::Token* token = parts_->vocabulary.Find(id);
+  return token == nullptr ? std::string_view() : token->bytes;
+}
+
+std::string_view Tokenizer::TokenText(int32_t id) const {
+  const Vocabulary::Token* token = parts_->vocabulary.Find(id);
+  return token == nullptr ? std::string_view() : token->written;
 }
 
 std::optional<int32_t> Tokenizer::FindToken(std::string_view token) const {
-  const auto found = parts_->ids.find(std::string(token));
-  return found == parts_->ids.end() ? std::nullopt : std::optional(found->second);
+  return parts_->vocabulary.IdOf(token);
 }
 
 bool Tokenizer::IsSpecial(int32_t id) const {
-  return id >= 0 && id < vocab_size() && parts_->tokens[static_cast<size_t>(id)].special;
+  const Vocabulary::Token* token = parts_->vocabulary.Find(id);
+  return token != nullptr && token->special;
 }
 
-int Tokenizer::vocab_size() const { return static_cast<int>(parts_->tokens.size()); }
+int Tokenizer::vocab_size() const { return static_cast<int>(parts_->vocabulary.tokens.size()); }
 
 std::string StreamDecoder::Push(int32_t id) {
-  if (skip_special_ && tokenizer_->IsSpecial(id)) return {};
-  held_ += tokenizer_->TokenBytes(id);
+  const Tokenizer::Parts& parts = *tokenizer_->parts_;
+  const DecodeRules& rules = parts.decoding;
+  const Vocabulary::Token* token = parts.vocabulary.Find(id);
+  if (token == nullptr || (skip_special_ && token->special)) return {};
+  const bool first = !std::exchange(begun_, true);
   std::string text;
-  const size_t left = AppendUtf8Lossy(held_, true, &text);
-  held_.erase(0, held_.size() - left);
+  if (rules.bytes == DecodeRules::Bytes::kStream) {
+    held_ += token->bytes;
+    const size_t left = AppendUtf8Lossy(held_, true, &text);
+    held_.erase(0, held_.size() - left);
+  } else if (token->is_byte) {
+    held_ += token->bytes;
+    if (rules.bytes == DecodeRules::Bytes::kRuns) FlushBytes(true, &text);
+  } else {
+    FlushBytes(false, &text);
+    wrote_ |= !text.empty();
+    std::string_view piece = token->bytes;
+    std::string without;
+    if (first && !rules.drop_from_first.empty()) {
+      without = token->written;
+      for (size_t at = without.find(rules.drop_from_first); at != std::string::npos;
+           at = without.find(rules.drop_from_first, at)) {
+        without.erase(at, rules.drop_from_first.size());
+      }
+      piece = without;
+    }
+    if (rules.strip_token && !wrote_ && !token->unknown && piece.starts_with(' ')) {
+      piece.remove_prefix(1);
+      wrote_ = !rules.strip_each;
+    }
+    text += piece;
+  }
+  wrote_ |= !text.empty();
+  StripBeginning(&text);
   return text;
+}
+
+void StreamDecoder::FlushBytes(bool keep_cut, std::string* text) {
+  const bool whole = tokenizer_->parts_->decoding.bytes == DecodeRules::Bytes::kWholeRuns &&
+                     FindInvalidUtf8(held_).has_value();
+  size_t at = 0;
+  while (at < held_.size()) {
+    const Utf8Unit unit = Utf8At(held_, at);
+    if (unit.kind == Utf8Unit::Kind::kCut && keep_cut) break;
+    if (whole || unit.kind != Utf8Unit::Kind::kCharacter) {
+      *text += kReplacement;
+      ++at;
+    } else {
+      text->append(held_, at, unit.bytes);
+      at += unit.bytes;
+    }
+  }
+  held_.erase(0, at);
+}
+
+void StreamDecoder::StripBeginning(std::string* text) {
+  const DecodeRules& rules = tokenizer_->parts_->decoding;
+  while (stripped_ < rules.strip_count && text->starts_with(rules.strip)) {
+    text->erase(0, rules.strip.size());
+    ++stripped_;
+  }
+  if (!text->empty()) stripped_ = rules.strip_count;
 }
 
 std::string StreamDecoder::Finish() {
   std::string text;
-  AppendUtf8Lossy(std::exchange(held_, {}), false, &text);
+  if (tokenizer_->parts_->decoding.bytes == DecodeRules::Bytes::kStream) {
+    AppendUtf8Lossy(held_, false, &text);
+  } else {
+    FlushBytes(false, &text);
+  }
+  StripBeginning(&text);
+  held_.clear();
+  begun_ = wrote_ = false;
+  stripped_ = 0;
   return text;
 }
 

@@ -1,5 +1,5 @@
-// Text to token ids and back, as tokenizer.json says: byte-level BPE (Sennrich et al., 2016;
-// GPT-2's byte alphabet) with the pre-tokenizers and post-processors that Llama-family models use.
+// Text to token ids and back: byte pair encoding (Sennrich et al., 2016) over GPT-2's byte alphabet
+// or with byte fallback, as tokenizer.json or a GGUF file says, and SentencePiece's models.
 #pragma once
 
 #include <cstdint>
@@ -47,23 +47,27 @@ struct TokenizerTables {
   std::optional<bool> add_space_prefix;
 };
 
-// Immutable, Thread-safe. The same ids as the Python package `tokenizers` for what it accepts:
-// model BPE with a ByteLevel decoder; normalizer none or NFC; pre-tokenizers ByteLevel, Split
-// (Isolated, Removed), Digits and sequences of them; post-processors ByteLevel, TemplateProcessing
-// and sequences of them; added tokens without lstrip, rstrip, single_word.
+// Immutable, Thread-safe. The same ids as the Python package `tokenizers` (or `sentencepiece`) for
+// what it accepts, which docs/models.md lists.
 class Tokenizer {
  public:
   // kInvalidArgument: unreadable or malformed (says where). kUnsupported: names the part that is
   // not implemented and what is.
   static Result<std::unique_ptr<Tokenizer>> Load(const std::filesystem::path& tokenizer_json);
-  // `name` is the file named in errors.
+  // From a model directory: its tokenizer.json, or without one its tokenizer.model, with
+  // add_bos_token and add_eos_token from its tokenizer_config.json.
+  static Result<std::unique_ptr<Tokenizer>> LoadFrom(const std::filesystem::path& directory);
+  // `name` is the file named in errors, here and below.
   static Result<std::unique_ptr<Tokenizer>> Parse(std::string_view json, const std::string& name);
   // From the tables of a GGUF file. kInvalidArgument: they contradict each other, or an id lies
   // outside of them. kUnsupported: `pre` is not known; the message lists those that are.
   static Result<std::unique_ptr<Tokenizer>> FromTables(TokenizerTables tables,
                                                        const std::string& name);
-  // From a model directory: its tokenizer.json, or without one its tokenizer.model.
-  static Result<std::unique_ptr<Tokenizer>> LoadFrom(const std::filesystem::path& directory);
+  // From the bytes of a SentencePiece model (BPE or unigram). What is not a control token's name is
+  // encoded as sentencepiece does; the names become their ids, as in Hugging Face.
+  static Result<std::unique_ptr<Tokenizer>> ParseSentencePiece(std::string_view proto, bool add_bos,
+                                                               bool add_eos,
+                                                               const std::string& name);
   ~Tokenizer();
   Tokenizer(const Tokenizer&) = delete;
   Tokenizer& operator=(const Tokenizer&) = delete;
@@ -71,29 +75,33 @@ class Tokenizer {
   // add_special: put around the text what the post-processor's template says (usually a BOS).
   // Special tokens written in the text become their ids in either case, as in Hugging Face.
   // kInvalidArgument: the text is not UTF-8 (says at which byte), or a pattern gave up on it.
-  // kUnsupported: the normalizer is NFC and the text has characters that NFC might change.
   Result<std::vector<int32_t>> Encode(std::string_view text, bool add_special) const;
 
-  // Always valid UTF-8: what is not becomes U+FFFD, one per maximal invalid part. Ids that the
-  // vocabulary lacks are skipped; special tokens too if skip_special.
+  // Always valid UTF-8: what is not becomes U+FFFD, as many as Hugging Face writes. Ids that the
+  // vocabulary lacks are skipped; special tokens too if skip_special. A space that encoding put
+  // before the text is dropped where Hugging Face drops it.
   std::string Decode(std::span<const int32_t> ids, bool skip_special = true) const;
 
   // The bytes that a token stands for; empty for ids that the vocabulary lacks.
   std::string_view TokenBytes(int32_t id) const;
-  // The id of a token as written in the vocabulary, e.g. "<|begin_of_text|>".
+  // A token as written in the vocabulary, and back, e.g. "<|begin_of_text|>".
+  std::string_view TokenText(int32_t id) const;
   std::optional<int32_t> FindToken(std::string_view token) const;
   bool IsSpecial(int32_t id) const;
   // One more than the largest id.
   int vocab_size() const;
 
- private:
   struct Parts;
+
+ private:
+  friend class StreamDecoder;
   explicit Tokenizer(std::unique_ptr<Parts> parts);
   std::unique_ptr<Parts> parts_;
 };
 
-// Decodes ids one by one: the pieces, put together, are Decode() of all of them. Bytes that may be
-// the beginning of a character are held back until it is complete. Single-owner.
+// Decodes ids one by one: the pieces, put together, are Decode() of all of them. What later tokens
+// may change is held back: bytes that may be the beginning of a character, and with Hugging Face's
+// byte fallback a whole run of tokens for single bytes. Single-owner.
 class StreamDecoder {
  public:
   // `tokenizer` is borrowed.
@@ -104,9 +112,16 @@ class StreamDecoder {
   std::string Finish();
 
  private:
+  // Appends the bytes held back, without the beginning of a character if keep_cut.
+  void FlushBytes(bool keep_cut, std::string* text);
+  void StripBeginning(std::string* text);
+
   const Tokenizer* tokenizer_;
   bool skip_special_;
-  std::string held_;  // at most 3 bytes, the valid beginning of a character
+  std::string held_;    // bytes that are not written yet
+  bool begun_ = false;  // a token was seen
+  bool wrote_ = false;  // a text was written, or the space before it dropped
+  int stripped_ = 0;    // dropped from the beginning
 };
 
 }  // namespace kvant::node

@@ -9,8 +9,8 @@
 
 namespace kvant::node {
 
-// `model` is a model directory (Tokenizer::LoadFrom). kInvalidArgument: neither that nor a file
-// that holds a tokenizer.
+// `model` is a model directory (Tokenizer::LoadFrom) or a GGUF file (OpenGgufTokenizer), with their
+// errors. kInvalidArgument: neither of them.
 Result<std::unique_ptr<Tokenizer>> LoadTokenizer(const std::filesystem::path& model);
 
 }  // namespace kvant::node

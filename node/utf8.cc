@@ -67,6 +67,33 @@ size_t AppendUtf8Lossy(std::string_view text, bool keep_cut, std::string* out) {
   return 0;
 }
 
+bool IsSpace(char32_t c) {
+  return (c >= 0x09 && c <= 0x0D) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680 ||
+         (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F ||
+         c == 0x3000;
+}
+
+size_t CharacterBefore(std::string_view text, size_t end) {
+  do {
+    --end;
+  } while (end > 0 && (static_cast<uint8_t>(text[end]) & 0xC0) == 0x80);
+  return end;
+}
+
+std::string_view StripSpace(std::string_view text, bool left, bool right) {
+  while (left && !text.empty()) {
+    const Utf8Unit unit = Utf8At(text, 0);
+    if (!IsSpace(unit.code_point)) break;
+    text.remove_prefix(unit.bytes);
+  }
+  while (right && !text.empty()) {
+    const size_t last = CharacterBefore(text, text.size());
+    if (!IsSpace(Utf8At(text, last).code_point)) break;
+    text.remove_suffix(text.size() - last);
+  }
+  return text;
+}
+
 void AppendUtf8(char32_t code_point, std::string* out) {
   const auto push = [&](char32_t byte) { out->push_back(static_cast<char>(byte)); };
   const auto follow = [&](int shift) { push(0x80 | ((code_point >> shift) & 0x3F)); };

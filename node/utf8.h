@@ -32,6 +32,14 @@ std::optional<size_t> FindInvalidUtf8(std::string_view text);
 // returns the number of bytes that were left.
 size_t AppendUtf8Lossy(std::string_view text, bool keep_cut, std::string* out);
 
+// Whether the character has the property White_Space (that of Rust's char::is_whitespace).
+bool IsSpace(char32_t c);
+// Without the white space at its ends. REQUIRES: text is UTF-8.
+std::string_view StripSpace(std::string_view text, bool left, bool right);
+
+// Where the character that ends at `end` begins. REQUIRES: text is UTF-8, 0 < end <= text.size().
+size_t CharacterBefore(std::string_view text, size_t end);
+
 // Appends the character's UTF-8. REQUIRES: a Unicode scalar value.
 void AppendUtf8(char32_t code_point, std::string* out);
 
