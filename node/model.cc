@@ -8,6 +8,7 @@
 
 #include "base/bytes.h"
 #include "base/check.h"
+#include "node/gguf_model.h"
 #include "node/safetensors.h"
 
 namespace kvant::node {
@@ -303,17 +304,30 @@ class Model::Loader {
 Model::Model() = default;
 Model::~Model() = default;
 
-Result<std::unique_ptr<Model>> Model::Load(const std::filesystem::path& directory) {
-  std::unique_ptr<Model> model(new Model);
-  KV_ASSIGN_OR_RETURN(model->config_, LoadConfig(directory));
-  KV_ASSIGN_OR_RETURN(model->tokenizer_, Tokenizer::Load(directory / "tokenizer.json"));
-  if (model->tokenizer_->vocab_size() > model->config_.vocab) {
+Status Model::OpenDirectory(const std::filesystem::path& directory) {
+  KV_ASSIGN_OR_RETURN(config_, LoadConfig(directory));
+  KV_ASSIGN_OR_RETURN(tokenizer_, Tokenizer::LoadFrom(directory));
+  if (tokenizer_->vocab_size() > config_.vocab) {
     return InvalidArgument(
-        "{}: tokenizer.json has token ids up to {}, but config.json a vocab_size of {}; do the "
+        "{}: the tokenizer has token ids up to {}, but config.json a vocab_size of {}; do the "
         "files belong to one model?",
-        directory.string(), model->tokenizer_->vocab_size() - 1, model->config_.vocab);
+        directory.string(), tokenizer_->vocab_size() - 1, config_.vocab);
   }
-  KV_ASSIGN_OR_RETURN(model->weights_, Checkpoint::Open(directory));
+  KV_ASSIGN_OR_RETURN(weights_, Checkpoint::Open(directory));
+  return OkStatus();
+}
+
+Status Model::OpenFile(const std::filesystem::path& file) {
+  KV_ASSIGN_OR_RETURN(GgufModel gguf, OpenGguf(file));
+  config_ = std::move(gguf.config);
+  tokenizer_ = std::move(gguf.tokenizer);
+  weights_ = std::move(gguf.weights);
+  return OkStatus();
+}
+
+Result<std::unique_ptr<Model>> Model::Load(const std::filesystem::path& path) {
+  std::unique_ptr<Model> model(new Model);
+  KV_RETURN_IF_ERROR(IsGgufFile(path) ? model->OpenFile(path) : model->OpenDirectory(path));
   KV_RETURN_IF_ERROR(Loader(model.get()).Load());
   const ModelConfig& config = model->config_;
   model->rope_ = std::make_unique<kernels::RopeTable>(config.head_dim, config.rope_theta,

@@ -1,4 +1,4 @@
-// A model as it lies in a Hugging Face directory: configuration, tokenizer and weights.
+// A model as it lies in a Hugging Face directory or a GGUF file: configuration, tokenizer, weights.
 #pragma once
 
 #include <cstddef>
@@ -65,9 +65,10 @@ struct LayerWeights {
 // bits.
 class Model {
  public:
-  // Reads config.json, tokenizer.json and the safetensors of `directory`; touches every byte once
-  // for the digest. Errors are those of LoadConfig, Tokenizer::Load and Checkpoint.
-  static Result<std::unique_ptr<Model>> Load(const std::filesystem::path& directory);
+  // From a Hugging Face directory (config.json, tokenizer, safetensors) or a GGUF file; touches
+  // every byte once for the digest. Errors are those of LoadConfig, Tokenizer::LoadFrom and
+  // Checkpoint, or of OpenGguf.
+  static Result<std::unique_ptr<Model>> Load(const std::filesystem::path& path);
   ~Model();
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
@@ -92,6 +93,9 @@ class Model {
  private:
   class Loader;
   Model();
+  // Fill config_, tokenizer_ and weights_.
+  Status OpenDirectory(const std::filesystem::path& directory);
+  Status OpenFile(const std::filesystem::path& file);
 
   ModelConfig config_;
   std::unique_ptr<Tokenizer> tokenizer_;
