@@ -7,6 +7,8 @@ target_link_libraries(kvant-random-model PRIVATE kvant_test_models CLI11::CLI11)
 kvant_test(sampler_test LIBS kvant_node LABELS unit)
 kvant_test(safetensors_test LIBS kvant_test_models LABELS unit fuzz)
 kvant_test(ggml_blocks_test LIBS kvant_node LABELS unit golden)
+kvant_test(gguf_test LIBS kvant_node LABELS unit fuzz golden)
+kvant_test(gguf_logits_test LIBS kvant_node LABELS golden)
 kvant_test(tokenizer_test LIBS kvant_test_models LABELS unit golden)
 kvant_test(model_test LIBS kvant_test_models LABELS unit)
 kvant_test(decoder_test
