@@ -8,6 +8,7 @@
 #include <string>
 
 #include "node/bench_command.h"
+#include "node/eval_command.h"
 #include "node/generate.h"
 #include "node/logits_command.h"
 #include "node/report.h"
@@ -78,6 +79,41 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
       ->add_option("--fetch-budget-ms", node->fetch_budget_ms,
                    "--wire auto: reads the most that is fetched within this time")
       ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+}
+
+void AddEvalOptions(CLI::App* command, EvalOptions* eval) {
+  command->add_option("--model", eval->model, "Hugging Face model directory, or a GGUF file")
+      ->required();
+  command->add_option("--text", eval->text,
+                      "Text that the model was not trained on (default: its own heldout.txt)");
+  command
+      ->add_option("--codec", eval->codecs,
+                   "What to compare (default raw,raw-fp32,tile8,tile4; exact is always raw)")
+      ->delimiter(',');
+  command
+      ->add_option("--wire", eval->wires,
+                   "What is read of each: full, k8v4, k4v2, ... (default: all its cuts)")
+      ->delimiter(',');
+  command->add_option("--prefix", eval->prefix, "Tokens that come from the tier, a multiple of 64")
+      ->capture_default_str();
+  command->add_option("--suffix", eval->suffix, "Fresh tokens behind them")->capture_default_str();
+  command
+      ->add_option("--windows", eval->windows,
+                   "Places of the text (default 0: as many as do not overlap, at most 16)")
+      ->check(CLI::Range(0, 1 << 16));
+  command
+      ->add_option("--passkey-samples", eval->passkey_samples, "Prompts for each length and depth")
+      ->check(CLI::Range(0, 1 << 16))
+      ->capture_default_str();
+  command->add_flag("--no-passkey", eval->no_passkey, "Leave the passkey prompts out");
+  command->add_flag("--no-class", eval->no_class,
+                    "Leave out prefixes that are computed over their own encoded form");
+  command->add_option("--json", eval->json, "File that the numbers go to");
+  command->add_option("--svg", eval->svg, "File that the rate-distortion plot goes to");
+  command->add_option("--threads", eval->threads, "Compute threads (default: one a core)")
+      ->check(CLI::Range(0, kMaxThreads));
+  command->add_option("--seed", eval->seed, "Of spans, prompts and resampling")
       ->capture_default_str();
 }
 
@@ -154,6 +190,11 @@ int Main(int argc, char** argv) {
            "Of the shard in this process (default 512MiB)");
   generate_command->add_flag("--json", generate.json, "Print one JSON object");
 
+  EvalOptions eval;
+  CLI::App* eval_command = app.add_subcommand(
+      "eval", "What compression costs: KL, perplexity, recall against bits per element");
+  AddEvalOptions(eval_command, &eval);
+
   TokenizeOptions tokenize;
   CLI::App* tokenize_command = app.add_subcommand("tokenize", "Print the token ids of a text");
   tokenize_command
@@ -224,6 +265,7 @@ int Main(int argc, char** argv) {
     return ExitWith(Generate(generate));
   }
   if (logits_command->parsed()) return ExitWith(WriteLogits(logits));
+  if (eval_command->parsed()) return ExitWith(Eval(eval));
   if (tokenize_command->parsed()) {
     if (tokenize_text->empty() && tokenize_file->empty()) {
       return Explain(InvalidArgument("nothing to tokenize: give --text or --text-file"));

@@ -1,0 +1,241 @@
+#include "node/eval_command.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "base/bytes.h"
+#include "base/clock.h"
+#include "base/random.h"
+#include "kernels/implementation.h"
+#include "node/eval_plot.h"
+#include "node/eval_report.h"
+#include "node/eval_text.h"
+#include "node/requests.h"
+
+namespace kvant::node {
+namespace {
+
+using kernels::Codec;
+
+int SumOfBits(const Codec& codec, int cuts) {
+  int sum = 0;
+  for (int cut = 0; cut < cuts; ++cut) sum += codec.bits_per_cut[cut];
+  return sum;
+}
+
+// The fewest of `available` extents that hold `bits` bits an element, or all there are.
+int CutsForBits(const Codec& codec, int available, int bits) {
+  for (int cuts = 1; cuts < available; ++cuts) {
+    if (SumOfBits(codec, cuts) >= bits) return cuts;
+  }
+  return available;
+}
+
+// "kNvM" as bits of keys and values.
+std::optional<std::pair<int, int>> ParseBits(const std::string& wire) {
+  int keys = 0;
+  int values = 0;
+  int read = 0;
+  if (wire.size() > 6 || std::sscanf(wire.c_str(), "k%2dv%2d%n", &keys, &values, &read) != 2 ||
+      read != static_cast<int>(wire.size()) || keys < 1 || values < 1) {
+    return std::nullopt;
+  }
+  return std::pair(keys, values);
+}
+
+Result<Cuts> CutsOfWire(const BlockClass& block_class, const std::string& wire) {
+  const Result<Wire> known = ParseWire(wire);
+  if (known.ok() && *known != Wire::kAuto) return block_class.CutsOf(*known);
+  const auto bits = ParseBits(wire);
+  if (!bits.has_value()) {
+    return InvalidArgument(
+        "unknown wire '{}' for eval: use full, or kNvM with bits of keys and values, e.g. k8v4, "
+        "k4v4, k2v2",
+        wire);
+  }
+  const Codec& codec = block_class.codec();
+  return Cuts{CutsForBits(codec, block_class.FullCuts().keys, bits->first),
+              CutsForBits(codec, block_class.FullCuts().values, bits->second)};
+}
+
+// The names of a codec's own cuts: in full, then fewer. Keys need more bits than values, so values
+// are never read at a higher cut, nor at one that is far lower.
+std::vector<std::string> OwnWires(const Codec& codec) {
+  std::vector<std::string> wires = {std::string(WireName(Wire::kFull))};
+  for (int keys = codec.key_cuts; keys >= 1; --keys) {
+    for (int values = std::min(keys, codec.value_cuts); values >= std::max(keys - 1, 1); --values) {
+      wires.push_back(fmt::format("k{}v{}", SumOfBits(codec, keys), SumOfBits(codec, values)));
+    }
+  }
+  return wires;
+}
+
+Result<std::filesystem::path> TextOf(const EvalOptions& options) {
+  namespace fs = std::filesystem;
+  if (!options.text.empty()) return fs::path(options.text);
+  const fs::path model = options.model;
+  std::error_code ignored;
+  const fs::path held_out = model / "heldout.txt";
+  if (fs::is_regular_file(held_out, ignored)) return held_out;
+  if (fs::is_directory(model, ignored)) {
+    return InvalidArgument(
+        "{} has no heldout.txt: give a text that the model was not trained on with --text FILE",
+        model.string());
+  }
+  return InvalidArgument(
+      "a model file brings no text along: give one that the model was not trained on with --text "
+      "FILE");
+}
+
+Status CheckSizes(const EvalOptions& options, const ModelConfig& config) {
+  if (options.prefix < kBlockTokens || options.prefix % kBlockTokens != 0) {
+    return InvalidArgument("--prefix {}: a prefix is whole blocks, so a multiple of {}",
+                           options.prefix, kBlockTokens);
+  }
+  if (options.suffix < kMinEvalSuffix) {
+    return InvalidArgument("--suffix {}: at least {} tokens are needed to measure anything",
+                           options.suffix, kMinEvalSuffix);
+  }
+  const int positions = config.max_positions;
+  if (options.prefix <= positions && options.suffix <= positions - options.prefix) {
+    return OkStatus();
+  }
+  const int suffix = std::min(256, positions / 4);
+  const int prefix = (positions - suffix) / kBlockTokens * kBlockTokens;
+  if (prefix < kBlockTokens || suffix < kMinEvalSuffix) {
+    return InvalidArgument("{}: a context of {} tokens is too short to have a prefix of {}",
+                           options.model, positions, kBlockTokens);
+  }
+  return InvalidArgument(
+      "{}: its context is {} tokens, --prefix {} and --suffix {} need {}; --prefix {} --suffix {} "
+      "would fit",
+      options.model, positions, options.prefix, options.suffix,
+      int64_t{options.prefix} + options.suffix, prefix, suffix);
+}
+
+// One line on stderr for each step done, with the time that is left at this rate.
+class Progress {
+ public:
+  void Start(const char* what, size_t steps) {
+    what_ = what;
+    steps_ = steps;
+    done_ = 0;
+    started_ = SteadyClock().Now();
+  }
+  void Step() {
+    ++done_;
+    const double taken = Seconds(SteadyClock().Now() - started_);
+    std::fprintf(stderr, "kvant: %s %zu of %zu, %.0f s so far, about %.0f s to go\n", what_, done_,
+                 steps_, taken,
+                 taken / static_cast<double>(done_) * static_cast<double>(steps_ - done_));
+  }
+
+ private:
+  const char* what_ = "";
+  size_t steps_ = 0;
+  size_t done_ = 0;
+  TimePoint started_{};
+};
+
+Status RunPasskeys(const EvalOptions& options, const EvalText& text, int max_positions,
+                   Progress* progress, Evaluator* evaluator) {
+  std::vector<int> lengths;
+  for (const int length : kPasskeyLengths) {
+    if (length <= max_positions && length <= text.tokens()) lengths.push_back(length);
+  }
+  progress->Start("passkey length and depth", lengths.size() * std::size(kPasskeyDepths));
+  uint64_t place = 0;
+  for (const int length : lengths) {
+    for (const double depth : kPasskeyDepths) {
+      // A generator for each place, so that more samples or lengths do not change the others.
+      Random random = Random(options.seed).Fork(++place);
+      for (int sample = 0; sample < options.passkey_samples; ++sample) {
+        KV_ASSIGN_OR_RETURN(const PasskeyPrompt prompt, text.Passkey(length, depth, &random));
+        KV_RETURN_IF_ERROR(evaluator->AddPasskey(prompt));
+      }
+      progress->Step();
+    }
+  }
+  return OkStatus();
+}
+
+}  // namespace
+
+Result<EvalPlan> MakeEvalPlan(const Model* model, const std::vector<std::string>& codecs,
+                              const std::vector<std::string>& wires) {
+  std::vector<std::string> names = codecs;
+  if (names.empty()) names.assign(std::begin(kDefaultEvalCodecs), std::end(kDefaultEvalCodecs));
+  EvalPlan plan;
+  for (const std::string& name : names) {
+    KV_ASSIGN_OR_RETURN(const Codec* codec, kernels::FindCodec(name));
+    const bool known = std::any_of(plan.classes.begin(), plan.classes.end(),
+                                   [&](const auto& other) { return &other->codec() == codec; });
+    if (known) continue;
+    const BlockClass& block_class =
+        *plan.classes.emplace_back(std::make_unique<BlockClass>(model, codec, AsBytes("")));
+    std::vector<Cuts> there;
+    for (const std::string& wire : wires.empty() ? OwnWires(*codec) : wires) {
+      KV_ASSIGN_OR_RETURN(const Cuts cuts, CutsOfWire(block_class, wire));
+      if (std::find(there.begin(), there.end(), cuts) != there.end()) continue;
+      there.push_back(cuts);
+      plan.settings.push_back({&block_class, wire, cuts});
+    }
+  }
+  return plan;
+}
+
+Result<int> Eval(const EvalOptions& options) {
+  KV_ASSIGN_OR_RETURN(const std::filesystem::path text_file, TextOf(options));
+  KV_RETURN_IF_ERROR(CheckWritable(options.json));
+  KV_RETURN_IF_ERROR(CheckWritable(options.svg));
+  KV_RETURN_IF_ERROR(kernels::ChooseImplementation());
+  KV_RETURN_IF_ERROR(kernels::LoadBlas());
+  const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+  kernels::ThreadPool pool(options.threads > 0 ? options.threads : cores);
+  KV_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model, Model::Load(options.model));
+  KV_RETURN_IF_ERROR(CheckSizes(options, model->config()));
+  KV_ASSIGN_OR_RETURN(const EvalPlan plan,
+                      MakeEvalPlan(model.get(), options.codecs, options.wires));
+  KV_ASSIGN_OR_RETURN(const EvalText text, EvalText::Load(text_file, &model->tokenizer()));
+  KV_ASSIGN_OR_RETURN(
+      const std::vector<EvalWindow> windows,
+      text.Windows({options.prefix, options.suffix, options.windows, options.seed}));
+
+  Evaluator evaluator(model.get(), &pool, plan.settings, !options.no_class);
+  Progress progress;
+  progress.Start("window", windows.size());
+  for (const EvalWindow& window : windows) {
+    KV_RETURN_IF_ERROR(evaluator.AddWindow(window));
+    progress.Step();
+  }
+  if (!options.no_passkey && options.passkey_samples > 0) {
+    KV_RETURN_IF_ERROR(
+        RunPasskeys(options, text, model->config().max_positions, &progress, &evaluator));
+  }
+
+  EvalSetup setup;
+  setup.model = options.model;
+  setup.digest = ToHex(model->digest());
+  setup.text = text_file.string();
+  setup.prefix = options.prefix;
+  setup.suffix = options.suffix;
+  setup.windows = static_cast<int>(windows.size());
+  setup.threads = pool.threads();
+  setup.seed = options.seed;
+  setup.blas_core_type = kernels::BlasCoreType();
+  setup.kernels = kernels::ActiveImplementation().name;
+  const EvalSummary summary = Summarize(std::move(setup), plan.settings, evaluator.measures());
+  std::fputs(EvalTable(summary).c_str(), stdout);
+  if (!options.json.empty()) {
+    KV_RETURN_IF_ERROR(WriteFile(options.json, EvalJson(summary).dump(2) + "\n"));
+  }
+  if (!options.svg.empty()) KV_RETURN_IF_ERROR(WriteFile(options.svg, EvalPlot(summary)));
+  return 0;
+}
+
+}  // namespace kvant::node

@@ -1,0 +1,55 @@
+// `kvant eval`: what compression costs on a model, measured as the product uses it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/status.h"
+#include "node/block_class.h"
+#include "node/eval_measure.h"
+#include "node/model.h"
+
+namespace kvant::node {
+
+struct EvalOptions {
+  std::string model;
+  std::string text;                 // file; empty: the model directory's heldout.txt
+  std::vector<std::string> codecs;  // empty: kDefaultEvalCodecs
+  std::vector<std::string> wires;   // empty: each codec's own cuts
+  int prefix = 1024;                // tokens
+  int suffix = 256;                 // tokens
+  int windows = 0;                  // 0: as many as the text has, at most 16
+  int passkey_samples = 4;          // prompts for each length and depth; 0: none
+  bool no_passkey = false;
+  bool no_class = false;  // leaves out prefixes computed over their own encoded form
+  std::string json;       // file; empty: none
+  std::string svg;        // file; empty: none
+  int threads = 0;        // 0: one a core
+  uint64_t seed = 1;
+};
+
+inline constexpr std::string_view kDefaultEvalCodecs[] = {"raw", "raw-fp32", "tile8", "tile4"};
+inline constexpr int kMinEvalSuffix = 16;
+inline constexpr int kPasskeyLengths[] = {512, 1024, 2048};
+inline constexpr double kPasskeyDepths[] = {0.05, 0.25, 0.5, 0.75, 0.95};
+
+// Settings and the classes that they borrow.
+struct EvalPlan {
+  std::vector<std::unique_ptr<BlockClass>> classes;
+  std::vector<EvalSetting> settings;
+};
+
+// What to compare: each codec at each wire, each pair of cuts once. A wire is "full" or "kNvM": the
+// fewest extents with N bits of keys and M of values; codecs that have fewer bits are read in full.
+// kInvalidArgument: a codec or wire that does not exist (lists those that do).
+Result<EvalPlan> MakeEvalPlan(const Model* model, const std::vector<std::string>& codecs,
+                              const std::vector<std::string>& wires);
+
+// Prints the table. Returns the exit status. Progress goes to stderr. Errors: as every part says;
+// kInvalidArgument for sizes that the model or the text cannot have.
+Result<int> Eval(const EvalOptions& options);
+
+}  // namespace kvant::node

@@ -1,0 +1,298 @@
+#include "node/eval_measure.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "base/check.h"
+#include "kernels/raw_codec.h"
+
+namespace kvant::node {
+namespace {
+
+size_t ArgMax(const float* x, size_t count) {
+  return static_cast<size_t>(std::max_element(x, x + count) - x);
+}
+
+// In double: an error here is one of every KL of the row, and the noise floor lies near 1e-7.
+double LogSum(const float* x, size_t count) {
+  const double max = *std::max_element(x, x + count);
+  double sum = 0;
+  for (size_t i = 0; i < count; ++i) sum += std::exp(static_cast<double>(x[i]) - max);
+  return max + std::log(sum);
+}
+
+double Mean(double sum, size_t count) { return sum / static_cast<double>(count); }
+
+}  // namespace
+
+Result<std::vector<double>> LogSums(const float* logits, int rows, int vocab,
+                                    kernels::ThreadPool* pool) {
+  const auto width = static_cast<size_t>(vocab);
+  std::vector<double> sums(static_cast<size_t>(rows));
+  pool->ParallelFor(rows, [&](int row) {
+    const auto r = static_cast<size_t>(row);
+    sums[r] = LogSum(logits + r * width, width);
+  });
+  for (const double sum : sums) {
+    if (!std::isfinite(sum)) {
+      return DataLoss("the model gives logits that are not finite: is the checkpoint whole?");
+    }
+  }
+  return sums;
+}
+
+Status ReferenceRows::Set(const float* logits, int rows, int vocab, kernels::ThreadPool* pool) {
+  KV_ASSIGN_OR_RETURN(log_sums_, LogSums(logits, rows, vocab, pool));
+  rows_ = rows;
+  vocab_ = static_cast<size_t>(vocab);
+  logits_ = logits;
+  probabilities_.resize(static_cast<size_t>(rows) * vocab_);
+  best_.resize(static_cast<size_t>(rows));
+  pool->ParallelFor(rows, [&](int row) {
+    const auto r = static_cast<size_t>(row);
+    const float* x = logits + r * vocab_;
+    float* p = probabilities_.data() + r * vocab_;
+    for (size_t i = 0; i < vocab_; ++i) {
+      p[i] = static_cast<float>(std::exp(static_cast<double>(x[i]) - log_sums_[r]));
+    }
+    best_[r] = ArgMax(x, vocab_);
+  });
+  return OkStatus();
+}
+
+void ReferenceRows::Compare(const float* logits, std::span<const double> log_sums,
+                            kernels::ThreadPool* pool, float* kl, uint8_t* agree) const {
+  KV_CHECK(log_sums.size() == static_cast<size_t>(rows_));
+  pool->ParallelFor(rows_, [&](int row) {
+    const auto r = static_cast<size_t>(row);
+    const float* exact = logits_ + r * vocab_;
+    const float* lossy = logits + r * vocab_;
+    const float* p = probabilities_.data() + r * vocab_;
+    double sum = log_sums[r] - log_sums_[r];
+    for (size_t i = 0; i < vocab_; ++i) {
+      sum += static_cast<double>(p[i]) * (static_cast<double>(exact[i]) - lossy[i]);
+    }
+    // It is never negative but for rounding.
+    kl[r] = static_cast<float>(std::max(sum, 0.0));
+    agree[r] = ArgMax(lossy, vocab_) == best_[r] ? 1 : 0;
+  });
+}
+
+Evaluator::Evaluator(const Model* model, kernels::ThreadPool* pool,
+                     std::vector<EvalSetting> settings, bool in_class)
+    : model_(*model),
+      pool_(pool),
+      settings_(std::move(settings)),
+      in_class_(in_class),
+      exact_class_(model, &kernels::kRawBf16Codec, {}),
+      suffix_class_(model, &kernels::kRawFp32Codec, {}),
+      decoder_(model, pool),
+      exact_logits_(kBlockTokens * static_cast<size_t>(model->config().vocab)),
+      logits_(exact_logits_.size()) {
+  for (const EvalSetting& setting : settings_) {
+    const auto known = std::find(classes_.begin(), classes_.end(), setting.block_class);
+    class_of_.push_back(static_cast<size_t>(known - classes_.begin()));
+    if (known == classes_.end()) classes_.push_back(setting.block_class);
+  }
+  measures_.read.resize(settings_.size());
+  if (in_class_) measures_.in_class.resize(settings_.size());
+}
+
+bool Evaluator::IsExact(size_t class_index) const {
+  return classes_[class_index]->codec().id == exact_class_.codec().id;
+}
+
+Result<Evaluator::Forms> Evaluator::ComputeForms(std::span<const int32_t> prefix) {
+  Forms forms{EncodedBlocks(&exact_class_), {}, {}};
+  std::vector<EncodedBlocks*> lossy;
+  forms.read.reserve(classes_.size());  // pointers into it are kept
+  for (size_t i = 0; i < classes_.size(); ++i) {
+    EncodedBlocks& made = forms.read.emplace_back(classes_[i]);
+    if (!IsExact(i)) lossy.push_back(&made);
+  }
+  KV_RETURN_IF_ERROR(PrefillBlocks(&decoder_, prefix, &forms.exact, lossy));
+  if (!in_class_) return forms;
+  for (size_t i = 0; i < classes_.size(); ++i) {
+    EncodedBlocks& made = forms.in_class.emplace_back(classes_[i]);
+    if (!IsExact(i)) KV_RETURN_IF_ERROR(PrefillBlocks(&decoder_, prefix, &made, {}));
+  }
+  return forms;
+}
+
+std::vector<Evaluator::Lane> Evaluator::LanesOf(const Forms& forms) const {
+  std::vector<Lane> lanes = {{&forms.exact, exact_class_.FullCuts()}};
+  for (size_t i = 0; i < settings_.size(); ++i) {
+    const size_t of = class_of_[i];
+    lanes.push_back({IsExact(of) ? &forms.exact : &forms.read[of], settings_[i].read});
+  }
+  if (!in_class_) return lanes;
+  for (size_t i = 0; i < settings_.size(); ++i) {
+    const size_t of = class_of_[i];
+    if (!IsExact(of)) lanes.push_back({&forms.in_class[of], settings_[i].read});
+  }
+  return lanes;
+}
+
+std::vector<FormMeasures*> Evaluator::MeasuresOfLanes() {
+  std::vector<FormMeasures*> measures = {&measures_.exact};
+  for (FormMeasures& of_setting : measures_.read) measures.push_back(&of_setting);
+  for (size_t i = 0; i < measures_.in_class.size(); ++i) {
+    if (!IsExact(class_of_[i])) measures.push_back(&measures_.in_class[i]);
+  }
+  return measures;
+}
+
+template <typename Copy>
+void Evaluator::CopyExactClasses(const Copy& copy) {
+  for (size_t i = 0; i < measures_.in_class.size(); ++i) {
+    if (IsExact(class_of_[i])) copy(measures_.read[i], &measures_.in_class[i]);
+  }
+}
+
+Status Evaluator::RunSuffix(std::span<const Lane> lanes, std::span<const int32_t> tokens,
+                            const LogitsVisitor& visit) {
+  std::vector<EncodedBlocks> own(lanes.size(), EncodedBlocks(&suffix_class_));
+  for (size_t at = 0; at < tokens.size(); at += kBlockTokens) {
+    const auto block = tokens.subspan(at, std::min<size_t>(kBlockTokens, tokens.size() - at));
+    for (size_t lane = 0; lane < lanes.size(); ++lane) {
+      EvalPast past(lanes[lane].prefix, lanes[lane].read, &own[lane]);
+      float* logits = lane == 0 ? exact_logits_.data() : logits_.data();
+      // The last block is nobody's past, and may be too short for one.
+      const bool keep = at + block.size() < tokens.size();
+      if (keep) own[lane].Begin();
+      KV_RETURN_IF_ERROR(decoder_.Prefill(
+          {block, past.tokens(), &past},
+          [&](int layer, const float* keys, const float* values) {
+            if (keep) own[lane].EncodeLayer(layer, keys, values);
+            return OkStatus();
+          },
+          logits));
+      if (keep) own[lane].Finish();
+      KV_RETURN_IF_ERROR(visit(lane, at, static_cast<int>(block.size()), logits));
+    }
+  }
+  return OkStatus();
+}
+
+Status Evaluator::MeasureSuffix(std::span<const Lane> lanes, std::span<const int32_t> suffix,
+                                std::vector<SuffixMeasure>* out) {
+  const int vocab = model_.config().vocab;
+  for (SuffixMeasure& measure : *out) measure.kl.resize(suffix.size());
+  ReferenceRows reference;
+  const auto visit = [&](size_t lane, size_t at, int rows, const float* logits) -> Status {
+    if (lane == 0) KV_RETURN_IF_ERROR(reference.Set(logits, rows, vocab, pool_));
+    KV_ASSIGN_OR_RETURN(const std::vector<double> log_sums, LogSums(logits, rows, vocab, pool_));
+    SuffixMeasure& measure = (*out)[lane];
+    uint8_t agree[kBlockTokens] = {};
+    reference.Compare(logits, log_sums, pool_, measure.kl.data() + at, agree);
+    for (size_t row = 0; row < log_sums.size(); ++row) {
+      measure.agreement += agree[row];
+      const size_t target = at + row + 1;
+      if (target == suffix.size()) break;
+      const size_t token = static_cast<size_t>(suffix[target]);
+      measure.loss += log_sums[row] - logits[row * static_cast<size_t>(vocab) + token];
+    }
+    return OkStatus();
+  };
+  KV_RETURN_IF_ERROR(RunSuffix(lanes, suffix, visit));
+  for (SuffixMeasure& measure : *out) {
+    measure.agreement = Mean(measure.agreement, suffix.size());
+    measure.loss = Mean(measure.loss, suffix.size() - 1);
+  }
+  return OkStatus();
+}
+
+Status Evaluator::MeasureCopy(std::span<const Lane> lanes, std::span<const int32_t> copy,
+                              std::vector<SuffixMeasure>* out) {
+  const int vocab = model_.config().vocab;
+  const auto visit = [&](size_t lane, size_t at, int rows, const float* logits) -> Status {
+    KV_ASSIGN_OR_RETURN(const std::vector<double> log_sums, LogSums(logits, rows, vocab, pool_));
+    for (size_t row = 0; row < log_sums.size(); ++row) {
+      const size_t target = at + row + 1;
+      if (target < kCopyUncounted || target >= copy.size()) continue;
+      const size_t token = static_cast<size_t>(copy[target]);
+      (*out)[lane].copy_loss += log_sums[row] - logits[row * static_cast<size_t>(vocab) + token];
+    }
+    return OkStatus();
+  };
+  KV_RETURN_IF_ERROR(RunSuffix(lanes, copy, visit));
+  for (size_t lane = 0; lane < lanes.size(); ++lane) {
+    (*out)[lane].copy_loss = Mean((*out)[lane].copy_loss, copy.size() - kCopyUncounted);
+  }
+  return OkStatus();
+}
+
+Status Evaluator::AddWindow(const EvalWindow& window) {
+  KV_CHECK(window.copy.size() > kCopyUncounted && window.suffix.size() >= 2);
+  KV_ASSIGN_OR_RETURN(const Forms forms, ComputeForms(window.prefix));
+  std::vector<Lane> lanes = LanesOf(forms);
+  const std::vector<FormMeasures*> measures = MeasuresOfLanes();
+  const size_t compared = lanes.size();
+
+  EncodedBlocks zeroed(&exact_class_);
+  for (int block = 0; block < forms.exact.blocks(); ++block) zeroed.AppendZeros();
+  lanes.push_back({&zeroed, exact_class_.FullCuts()});
+  EncodedBlocks stranger(&exact_class_);
+  if (!window.stranger.empty()) {
+    KV_RETURN_IF_ERROR(PrefillBlocks(&decoder_, window.stranger, &stranger, {}));
+    lanes.push_back({&stranger, exact_class_.FullCuts()});
+  }
+
+  std::vector<SuffixMeasure> made(lanes.size());
+  KV_RETURN_IF_ERROR(MeasureSuffix(lanes, window.suffix, &made));
+  KV_RETURN_IF_ERROR(MeasureCopy(std::span(lanes).first(compared), window.copy, &made));
+  for (size_t lane = 0; lane < compared; ++lane) {
+    measures[lane]->windows.push_back(std::move(made[lane]));
+  }
+  CopyExactClasses([](const FormMeasures& from, FormMeasures* to) {
+    to->windows.push_back(from.windows.back());
+  });
+  measures_.zeroed_loss.push_back(made[compared].loss);
+  if (!window.stranger.empty()) measures_.stranger_loss.push_back(made[compared + 1].loss);
+
+  if (measures_.manifest_bytes.empty()) {
+    for (const size_t of : class_of_) {
+      const EncodedBlocks& blocks = IsExact(of) ? forms.exact : forms.read[of];
+      measures_.manifest_bytes.push_back(static_cast<double>(blocks.ManifestBytes(window.prefix)) /
+                                         blocks.blocks());
+    }
+  }
+  return OkStatus();
+}
+
+Status Evaluator::AddPasskey(const PasskeyPrompt& prompt) {
+  const std::span<const int32_t> tokens(prompt.tokens);
+  const size_t asked = tokens.size() - static_cast<size_t>(prompt.answer_tokens);
+  KV_CHECK(prompt.answer_tokens > 0 && asked > 0);
+  // As every prompt is cut: whole blocks but for the last 1 to 64 tokens of the question.
+  const size_t shared = (asked - 1) / kBlockTokens * kBlockTokens;
+  KV_ASSIGN_OR_RETURN(const Forms forms, ComputeForms(tokens.first(shared)));
+  const std::vector<Lane> lanes = LanesOf(forms);
+  const auto vocab = static_cast<size_t>(model_.config().vocab);
+  std::vector<double> right(lanes.size(), 1.0);
+  // Right if each token of the answer is the most likely one after those before it, so that greedy
+  // decoding would give it.
+  KV_RETURN_IF_ERROR(RunSuffix(
+      lanes, tokens.subspan(shared), [&](size_t lane, size_t at, int rows, const float* logits) {
+        for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
+          const size_t target = shared + at + row + 1;
+          if (target < asked || target >= tokens.size()) continue;
+          if (ArgMax(logits + row * vocab, vocab) != static_cast<size_t>(tokens[target])) {
+            right[lane] = 0.0;
+          }
+        }
+        return OkStatus();
+      }));
+  const std::vector<FormMeasures*> measures = MeasuresOfLanes();
+  for (size_t lane = 0; lane < lanes.size(); ++lane) {
+    measures[lane]->passkeys.push_back(right[lane]);
+  }
+  CopyExactClasses([](const FormMeasures& from, FormMeasures* to) {
+    to->passkeys.push_back(from.passkeys.back());
+  });
+  measures_.places.push_back({prompt.length, prompt.depth});
+  return OkStatus();
+}
+
+}  // namespace kvant::node

@@ -1,0 +1,146 @@
+// Forward passes of `kvant eval`: a fresh suffix against its prefix in every form that is compared,
+// and what each form costs in nats and in right answers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+#include "kernels/linear.h"
+#include "node/block_class.h"
+#include "node/decoder.h"
+#include "node/eval_past.h"
+#include "node/eval_text.h"
+#include "node/model.h"
+
+namespace kvant::node {
+
+// What is stored, and how much of it a suffix reads.
+struct EvalSetting {
+  const BlockClass* block_class = nullptr;  // the same object for settings of one codec
+  std::string wire;                         // name shown
+  Cuts read;
+};
+
+// One window's suffix behind one form of its prefix.
+struct SuffixMeasure {
+  std::vector<float> kl;  // [suffix]: KL(exact || this form) over the vocabulary, nats
+  double agreement = 0;   // share of positions whose most likely token is that of the exact form
+  double loss = 0;        // mean nats of the suffix's tokens but its first
+  double copy_loss = 0;   // mean nats of the repeated span's tokens behind kCopyUncounted
+};
+
+// One way to come by a prefix and to read it.
+struct FormMeasures {
+  std::vector<SuffixMeasure> windows;  // [window]
+  std::vector<double> passkeys;        // [prompt]: 1 right, 0 wrong
+};
+
+struct PasskeyPlace {
+  int length = 0;
+  double depth = 0;
+};
+
+struct EvalMeasures {
+  FormMeasures exact;              // prefix computed and read in the class raw
+  std::vector<FormMeasures> read;  // [setting]: computed so, encoded and read lossy
+  std::vector<FormMeasures>
+      in_class;                       // [setting]: computed over its own encoded form; may be empty
+  std::vector<double> zeroed_loss;    // [window]: loss behind keys and values of 0
+  std::vector<double> stranger_loss;  // [window that has one]: behind another place's prefix
+  std::vector<PasskeyPlace> places;   // [prompt]
+  // [setting]: of one block, mean over the first window's prefix.
+  std::vector<double> manifest_bytes;
+};
+
+// Exact logits of some positions, to compare others with. Single-owner.
+class ReferenceRows {
+ public:
+  // logits: [rows][vocab]; borrowed until the next Set. kDataLoss: not finite.
+  Status Set(const float* logits, int rows, int vocab, kernels::ThreadPool* pool);
+  // Fills kl[rows] with KL(reference || logits) in nats, agree[rows] with whether the most likely
+  // token is the same. log_sums[rows]: ln(sum(exp(logits))) of each row, as below.
+  void Compare(const float* logits, std::span<const double> log_sums, kernels::ThreadPool* pool,
+               float* kl, uint8_t* agree) const;
+
+ private:
+  int rows_ = 0;
+  size_t vocab_ = 0;
+  const float* logits_ = nullptr;
+  std::vector<float> probabilities_;  // [rows][vocab]
+  std::vector<double> log_sums_;      // [rows]
+  std::vector<size_t> best_;          // [rows]
+};
+
+// ln(sum(exp(x))) of each row of logits[rows][vocab], in double. kDataLoss: not finite.
+Result<std::vector<double>> LogSums(const float* logits, int rows, int vocab,
+                                    kernels::ThreadPool* pool);
+
+// Single-owner; borrows model, pool and the settings' classes.
+class Evaluator {
+ public:
+  // in_class: measure prefixes computed over their own encoded form too.
+  // REQUIRES: kernels::LoadBlas() was ok.
+  Evaluator(const Model* model, kernels::ThreadPool* pool, std::vector<EvalSetting> settings,
+            bool in_class);
+
+  // REQUIRES: prefix + suffix <= max_positions; the prefix is whole blocks.
+  Status AddWindow(const EvalWindow& window);
+  // REQUIRES: as many tokens <= max_positions.
+  Status AddPasskey(const PasskeyPrompt& prompt);
+  const EvalMeasures& measures() const { return measures_; }
+
+ private:
+  // A prefix as a suffix finds it.
+  struct Lane {
+    const EncodedBlocks* prefix = nullptr;
+    Cuts read;
+  };
+  // One prefix in every form. classes are those of classes_; raw's forms are the exact one.
+  struct Forms {
+    EncodedBlocks exact;
+    std::vector<EncodedBlocks> read;      // [class]
+    std::vector<EncodedBlocks> in_class;  // [class]
+  };
+  // Sees the logits of a suffix's tokens [at, at + rows) of one lane: [rows][vocab]. Valid until
+  // the same lane's next ones for lane 0, for the call otherwise.
+  using LogitsVisitor =
+      std::function<Status(size_t lane, size_t at, int rows, const float* logits)>;
+
+  bool IsExact(size_t class_index) const;
+  Result<Forms> ComputeForms(std::span<const int32_t> prefix);
+  // The exact form, then each setting read, then each setting in class but for the raw ones.
+  std::vector<Lane> LanesOf(const Forms& forms) const;
+  // The measures that belong to those lanes.
+  std::vector<FormMeasures*> MeasuresOfLanes();
+  // What was not computed because it is the same by definition.
+  template <typename Copy>
+  void CopyExactClasses(const Copy& copy);
+  // Computes `tokens` behind the prefix of every lane, block by block and in each block lane by
+  // lane.
+  Status RunSuffix(std::span<const Lane> lanes, std::span<const int32_t> tokens,
+                   const LogitsVisitor& visit);
+  Status MeasureSuffix(std::span<const Lane> lanes, std::span<const int32_t> suffix,
+                       std::vector<SuffixMeasure>* out);
+  Status MeasureCopy(std::span<const Lane> lanes, std::span<const int32_t> copy,
+                     std::vector<SuffixMeasure>* out);
+
+  const Model& model_;
+  kernels::ThreadPool* pool_;
+  std::vector<EvalSetting> settings_;
+  bool in_class_;
+  BlockClass exact_class_;
+  BlockClass suffix_class_;
+  std::vector<const BlockClass*> classes_;  // of the settings, each once
+  std::vector<size_t> class_of_;            // [setting]: index into classes_
+  Decoder decoder_;
+  std::vector<float> exact_logits_;  // [kBlockTokens][vocab]
+  std::vector<float> logits_;        // [kBlockTokens][vocab]
+  EvalMeasures measures_;
+};
+
+}  // namespace kvant::node

@@ -1,0 +1,68 @@
+#include "node/eval_past.h"
+
+#include <utility>
+
+#include "base/check.h"
+#include "node/block_past.h"
+
+namespace kvant::node {
+
+void EncodedBlocks::Begin() {
+  under_work_.payload.assign(block_class_->payload_bytes(), std::byte{0});
+  under_work_.max_errors.assign(block_class_->layout().rows().size(), 0.0F);
+}
+
+void EncodedBlocks::EncodeLayer(int layer, const float* keys, const float* values) {
+  block_class_->EncodeLayer(layer, keys, values, under_work_.payload.data(),
+                            under_work_.max_errors.data());
+}
+
+void EncodedBlocks::Finish() { blocks_.push_back(std::exchange(under_work_, {})); }
+
+void EncodedBlocks::AppendZeros() {
+  Begin();
+  Finish();
+}
+
+uint64_t EncodedBlocks::ManifestBytes(std::span<const int32_t> tokens) const {
+  KV_CHECK(tokens.size() == blocks_.size() * kBlockTokens);
+  const std::vector<BlockKey> keys = block_class_->Keys(tokens, "tenant/");
+  uint64_t bytes = 0;
+  for (size_t i = 0; i < blocks_.size(); ++i) {
+    bytes += EncodeManifest(
+                 block_class_->MakeManifest(keys[i], blocks_[i].payload, blocks_[i].max_errors))
+                 .size();
+  }
+  return bytes;
+}
+
+Status EvalPast::Layer(int block, int layer, kernels::LayerTile* out) {
+  const bool of_prefix = block < prefix_.blocks();
+  const EncodedBlocks& from = of_prefix ? prefix_ : *suffix_;
+  const BlockClass& block_class = from.block_class();
+  *out = FillTile(block_class.layout(), layer, of_prefix ? read_ : block_class.FullCuts(),
+                  from.payload(of_prefix ? block : block - prefix_.blocks()));
+  return OkStatus();
+}
+
+Status PrefillBlocks(Decoder* decoder, std::span<const int32_t> tokens, EncodedBlocks* into,
+                     std::span<EncodedBlocks* const> also) {
+  KV_CHECK(tokens.size() % kBlockTokens == 0 && into->blocks() == 0);
+  EvalPast past(into, into->block_class().FullCuts(), nullptr);
+  std::vector<EncodedBlocks*> all(also.begin(), also.end());
+  all.push_back(into);
+  for (size_t at = 0; at < tokens.size(); at += kBlockTokens) {
+    for (EncodedBlocks* blocks : all) blocks->Begin();
+    KV_RETURN_IF_ERROR(decoder->Prefill(
+        {tokens.subspan(at, kBlockTokens), static_cast<int>(at), &past},
+        [&](int layer, const float* keys, const float* values) {
+          for (EncodedBlocks* blocks : all) blocks->EncodeLayer(layer, keys, values);
+          return OkStatus();
+        },
+        nullptr));
+    for (EncodedBlocks* blocks : all) blocks->Finish();
+  }
+  return OkStatus();
+}
+
+}  // namespace kvant::node

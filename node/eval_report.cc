@@ -1,0 +1,286 @@
+#include "node/eval_report.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "kernels/raw_codec.h"
+
+namespace kvant::node {
+namespace {
+
+using Json = nlohmann::json;
+
+// The mean over windows of what `of` takes from each.
+template <typename Of>
+Estimate OverWindows(const FormMeasures& form, uint64_t seed, const Of& of) {
+  std::vector<double> samples;
+  for (const SuffixMeasure& window : form.windows) samples.push_back(of(window));
+  return BootstrapMean(samples, seed);
+}
+
+double MeanKl(const SuffixMeasure& window) {
+  double sum = 0;
+  for (const float kl : window.kl) sum += kl;
+  return sum / static_cast<double>(window.kl.size());
+}
+
+// exp is monotonous, so the interval's ends go with the number.
+Estimate Exp(const Estimate& e) {
+  return {std::exp(e.value), std::exp(e.low), std::exp(e.high), e.known};
+}
+
+// Means of right answers by what `key` says of a place.
+template <typename Key>
+auto ByPlace(const FormMeasures& form, std::span<const PasskeyPlace> places, const Key& key) {
+  std::map<decltype(key(places[0])), std::pair<double, int>> sums;
+  for (size_t i = 0; i < places.size(); ++i) {
+    auto& [right, count] = sums[key(places[i])];
+    right += form.passkeys[i];
+    ++count;
+  }
+  std::map<decltype(key(places[0])), double> means;
+  for (const auto& [at, sum] : sums) means[at] = sum.first / sum.second;
+  return means;
+}
+
+FormSummary SummarizeForm(const FormMeasures& form, std::span<const PasskeyPlace> places,
+                          uint64_t seed) {
+  FormSummary summary;
+  summary.mean_kl = OverWindows(form, seed, MeanKl);
+  std::vector<std::vector<float>> kls;
+  for (const SuffixMeasure& window : form.windows) kls.push_back(window.kl);
+  summary.p99_kl = BootstrapQuantile(kls, 0.99, seed);
+  summary.top1 = OverWindows(form, seed, [](const SuffixMeasure& w) { return w.agreement; });
+  summary.loss = OverWindows(form, seed, [](const SuffixMeasure& w) { return w.loss; });
+  summary.perplexity = Exp(summary.loss);
+  summary.copy_loss = OverWindows(form, seed, [](const SuffixMeasure& w) { return w.copy_loss; });
+  if (places.empty()) return summary;
+  summary.passkey = BootstrapMean(form.passkeys, seed);
+  summary.passkey_by_length =
+      ByPlace(form, places, [](const PasskeyPlace& place) { return place.length; });
+  summary.passkey_by_depth =
+      ByPlace(form, places, [](const PasskeyPlace& place) { return place.depth; });
+  summary.passkey_by_place = ByPlace(
+      form, places, [](const PasskeyPlace& place) { return std::pair(place.length, place.depth); });
+  return summary;
+}
+
+std::string DepthName(double depth) { return fmt::format("{:.2f}", depth); }
+
+// null where one sample says nothing about others.
+Json IntervalJson(const Estimate& estimate) {
+  if (!estimate.known) return nullptr;
+  return Json::array({estimate.low, estimate.high});
+}
+
+void AddEstimate(Json* object, const std::string& name, const Estimate& estimate) {
+  (*object)[name] = estimate.value;
+  (*object)[name + "_ci"] = IntervalJson(estimate);
+}
+
+Json FormJson(const FormSummary& form) {
+  Json json;
+  AddEstimate(&json, "mean_kl", form.mean_kl);
+  AddEstimate(&json, "p99_kl", form.p99_kl);
+  AddEstimate(&json, "top1", form.top1);
+  AddEstimate(&json, "loss", form.loss);
+  AddEstimate(&json, "ppl", form.perplexity);
+  AddEstimate(&json, "copy_loss", form.copy_loss);
+  if (!form.passkey.has_value()) {
+    json["passkey"] = nullptr;
+    return json;
+  }
+  AddEstimate(&json, "passkey", *form.passkey);
+  for (const auto& [length, share] : form.passkey_by_length) {
+    json["passkey_by_length"][std::to_string(length)] = share;
+  }
+  for (const auto& [depth, share] : form.passkey_by_depth) {
+    json["passkey_by_depth"][DepthName(depth)] = share;
+  }
+  for (const auto& [place, share] : form.passkey_by_place) {
+    json["passkey_by_length_and_depth"][std::to_string(place.first)][DepthName(place.second)] =
+        share;
+  }
+  return json;
+}
+
+std::string FormLine(const std::string& codec, const std::string& wire, const std::string& form,
+                     const std::string& bits, const std::string& ratio, const FormSummary& f) {
+  const std::string interval =
+      f.mean_kl.known ? fmt::format("[{}, {}]", FormatKl(f.mean_kl.low), FormatKl(f.mean_kl.high))
+                      : "";
+  const std::string passkey =
+      f.passkey.has_value() ? fmt::format("{:.0f}%", 100 * f.passkey->value) : "-";
+  return fmt::format(
+      "{:<8} {:<4} {:<5} {:>6} {:>5} {:>7} {:<18} {:>7} {:>6.4f} {:>8.3f} {:>6.3f} {:>5}\n", codec,
+      wire, form, bits, ratio, FormatKl(f.mean_kl.value), interval, FormatKl(f.p99_kl.value),
+      f.top1.value, f.perplexity.value, f.copy_loss.value, passkey);
+}
+
+std::string PasskeyLine(const std::string& codec, const std::string& wire, const std::string& form,
+                        const FormSummary& f) {
+  std::string line = fmt::format("{:<8} {:<4} {:<5} ", codec, wire, form);
+  for (const auto& [length, share] : f.passkey_by_length) {
+    line += fmt::format(" {:>5.0f}%", 100 * share);
+  }
+  line += "  |";
+  for (const auto& [depth, share] : f.passkey_by_depth) {
+    line += fmt::format(" {:>5.0f}%", 100 * share);
+  }
+  return line + "\n";
+}
+
+std::string PasskeyTable(const EvalSummary& summary) {
+  const FormSummary& exact = summary.exact;
+  std::string head = fmt::format("{:<20}", "passkey");
+  for (const auto& [length, share] : exact.passkey_by_length) head += fmt::format(" {:>6}", length);
+  head += "  |";
+  for (const auto& [depth, share] : exact.passkey_by_depth) head += fmt::format(" {:>6.2f}", depth);
+  std::string table =
+      fmt::format("\nPasskey: right answers of {} prompts, by length in tokens and by depth\n",
+                  summary.passkey_prompts) +
+      head + "\n" + PasskeyLine("exact", "", "", exact);
+  for (const SettingSummary& setting : summary.settings) {
+    table += PasskeyLine(setting.codec, setting.wire, "read", setting.read);
+    if (!setting.in_class.has_value()) continue;
+    table += PasskeyLine(setting.codec, setting.wire, "class", *setting.in_class);
+  }
+  return table;
+}
+
+std::string LossLine(const std::string& what, const Estimate& loss, double exact) {
+  const std::string interval =
+      loss.known ? fmt::format(" [{:.3f}, {:.3f}]", loss.low, loss.high) : "";
+  return fmt::format("  {:<36} {:.3f}{} nats a token ({:+.3f})\n", what, loss.value, interval,
+                     loss.value - exact);
+}
+
+}  // namespace
+
+std::string FormatKl(double kl) { return kl == 0 ? "0" : fmt::format("{:.1e}", kl); }
+
+EvalSummary Summarize(EvalSetup setup, std::span<const EvalSetting> settings,
+                      const EvalMeasures& measures) {
+  EvalSummary summary;
+  const uint64_t seed = setup.seed;
+  summary.setup = std::move(setup);
+  summary.passkey_prompts = static_cast<int>(measures.places.size());
+  summary.exact = SummarizeForm(measures.exact, measures.places, seed);
+  summary.zeroed_loss = BootstrapMean(measures.zeroed_loss, seed);
+  if (!measures.stranger_loss.empty()) {
+    summary.stranger_loss = BootstrapMean(measures.stranger_loss, seed);
+  }
+  for (size_t i = 0; i < settings.size(); ++i) {
+    const BlockClass& block_class = *settings[i].block_class;
+    SettingSummary& setting = summary.settings.emplace_back();
+    setting.codec = block_class.codec().name;
+    setting.wire = settings[i].wire;
+    // bf16 has 2 bytes an element.
+    const double elements = static_cast<double>(block_class.Bf16BytesPerToken()) / 2 * kBlockTokens;
+    const auto payload = static_cast<double>(block_class.BytesOf(settings[i].read));
+    setting.payload_bits = 8 * payload / elements;
+    setting.bits_per_element = 8 * (payload + measures.manifest_bytes[i]) / elements;
+    setting.ratio = 16 / setting.bits_per_element;
+    setting.read = SummarizeForm(measures.read[i], measures.places, seed);
+    if (measures.in_class.empty()) continue;
+    setting.in_class = SummarizeForm(measures.in_class[i], measures.places, seed);
+  }
+  return summary;
+}
+
+nlohmann::json EvalJson(const EvalSummary& summary) {
+  const EvalSetup& setup = summary.setup;
+  Json common = {{"model", setup.model},
+                 {"model_digest", setup.digest},
+                 {"text", setup.text},
+                 {"prefix", setup.prefix},
+                 {"suffix", setup.suffix},
+                 {"windows", setup.windows},
+                 {"passkey_prompts", summary.passkey_prompts},
+                 {"seed", setup.seed},
+                 {"threads", setup.threads},
+                 {"openblas_core_type", setup.blas_core_type},
+                 {"kernels", setup.kernels}};
+  AddEstimate(&common, "exact_loss", summary.exact.loss);
+  AddEstimate(&common, "exact_ppl", summary.exact.perplexity);
+  AddEstimate(&common, "exact_copy_loss", summary.exact.copy_loss);
+  AddEstimate(&common, "zeroed_prefix_loss", summary.zeroed_loss);
+  common["shuffled_prefix_loss"] = nullptr;
+  if (summary.stranger_loss.has_value()) {
+    AddEstimate(&common, "shuffled_prefix_loss", *summary.stranger_loss);
+  }
+  common["exact_passkey"] = nullptr;
+  if (summary.exact.passkey.has_value()) {
+    AddEstimate(&common, "exact_passkey", *summary.exact.passkey);
+  }
+  common["noise_floor_kl"] = nullptr;
+  for (const SettingSummary& setting : summary.settings) {
+    if (setting.codec == kernels::kRawFp32Codec.name) {
+      common["noise_floor_kl"] = setting.read.mean_kl.value;
+    }
+  }
+
+  Json list = Json::array();
+  for (const SettingSummary& setting : summary.settings) {
+    Json object = common;
+    object.update(FormJson(setting.read));
+    object["codec"] = setting.codec;
+    object["wire"] = setting.wire;
+    object["mode"] = "read";
+    object["payload_bits_per_element"] = setting.payload_bits;
+    object["bits_per_element"] = setting.bits_per_element;
+    object["ratio_to_bf16"] = setting.ratio;
+    object["class"] = setting.in_class.has_value() ? FormJson(*setting.in_class) : Json(nullptr);
+    list.push_back(std::move(object));
+  }
+  return list;
+}
+
+std::string EvalTable(const EvalSummary& summary) {
+  const EvalSetup& setup = summary.setup;
+  std::string page = fmt::format(
+      "{}: prefix {}, suffix {}, {} windows of {}\n"
+      "OpenBLAS core type {}, kernels {}, {} threads, model {}\n\n",
+      setup.model, setup.prefix, setup.suffix, setup.windows, setup.text, setup.blas_core_type,
+      setup.kernels, setup.threads, setup.digest.substr(0, 16));
+  page +=
+      "Exact: the prefix computed and read in the class raw (bf16, as every peer stores it), all\n"
+      "arithmetic in fp32. read: the same prefix, encoded, and read at the wire's cuts. class: "
+      "each\n"
+      "block computed over the encoded form of those before it, as Kvant does, then read "
+      "likewise.\n"
+      "Bits are those of an element of the KV state, scales, manifests and keys counted; KL(exact "
+      "||\n"
+      "lossy) and losses in nats; in brackets 95 % intervals over windows.\n\n";
+  page += fmt::format("{:<8} {:<4} {:<5} {:>6} {:>5} {:>7} {:<18} {:>7} {:>6} {:>8} {:>6} {:>5}\n",
+                      "codec", "wire", "", "bits", "ratio", "mean KL", "", "p99 KL", "top-1",
+                      "perplex.", "copy", "pass");
+  page += FormLine("exact", "", "", "", "", summary.exact);
+  const SettingSummary* floor = nullptr;
+  for (const SettingSummary& setting : summary.settings) {
+    if (setting.codec == kernels::kRawFp32Codec.name) floor = &setting;
+    page += FormLine(setting.codec, setting.wire, "read",
+                     fmt::format("{:.2f}", setting.bits_per_element),
+                     fmt::format("{:.2f}", setting.ratio), setting.read);
+    if (!setting.in_class.has_value()) continue;
+    page += FormLine("", "", "class", "", "", *setting.in_class);
+  }
+  if (floor != nullptr) {
+    page += fmt::format(
+        "\nNoise floor: {} is what rounding to bf16 alone changes (raw-fp32 against raw).\n",
+        FormatKl(floor->read.mean_kl.value));
+  }
+  const double exact = summary.exact.loss.value;
+  page += "\nWhat the prefix is worth (loss of the suffix):\n";
+  page += LossLine("exact prefix", summary.exact.loss, exact);
+  page += LossLine("its keys and values set to zero", summary.zeroed_loss, exact);
+  if (summary.stranger_loss.has_value()) {
+    page += LossLine("another place's prefix (shuffled)", *summary.stranger_loss, exact);
+  }
+  if (summary.passkey_prompts > 0) page += PasskeyTable(summary);
+  return page;
+}
+
+}  // namespace kvant::node
