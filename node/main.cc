@@ -217,7 +217,9 @@ int Main(int argc, char** argv) {
 
   LogitsOptions logits;
   CLI::App* logits_command = app.add_subcommand("logits", "Write what a model says to tokens");
-  logits_command->add_option("--model", logits.model, "Hugging Face model directory")->required();
+  logits_command
+      ->add_option("--model", logits.model, "Hugging Face model directory, or a GGUF file")
+      ->required();
   auto* tokens = logits_command->add_option("--tokens", logits.tokens, "Token ids: 1,2,3");
   logits_command->add_option("--tokens-file", logits.tokens_file, "File with the ids")
       ->excludes(tokens);
