@@ -18,6 +18,9 @@ kvant_test(decoder_test
 kvant_test(model_golden_test LIBS kvant_test_models LABELS golden)
 kvant_test(logits_command_test LIBS kvant_test_models LABELS unit golden)
 kvant_test(make_checkpoint_test LIBS kvant_test_models LABELS unit)
+kvant_test(eval_text_test LIBS kvant_test_models LABELS unit)
+kvant_test(eval_measure_test LIBS kvant_test_models LABELS unit)
+kvant_test(eval_report_test LIBS kvant_test_models LABELS unit)
 
 # A node and what it is asked, for tests of the whole path.
 add_library(kvant_test_nodes support/node_world.cc support/random_requests.cc)
