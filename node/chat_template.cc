@@ -75,12 +75,17 @@ class Renderer {
       : template_(chat_template), simple_(Simplified(chat_template.text)), today_(today) {}
 
   Result<std::string> Run(Messages messages) {
-    // The more particular come first.
-    if (Has("<|start_header_id|>") && Has("<|eot_id|>")) return Llama3(messages);
     if (Has("<|im_start|>") && Has("<|im_end|>")) return ChatMl(messages);
-    if (Has("<start_of_turn>") && Has("<end_of_turn>")) return Gemma(messages);
-    if (Has("'<｜User｜>'+message['content']") && Has("'<｜Assistant｜>'"))
+    if (Has("'<｜User｜>'+message['content']") && Has("'<｜Assistant｜>'")) {
       return DeepSeek3(messages);
+    }
+    // No known template of the others knows of thoughts, or of a system message by default.
+    if (HasAny({"think", "reasoning", "raise_exception('System message"}) ||
+        HasDefaultSystemMessage()) {
+      return Unknown();
+    }
+    if (Has("<|start_header_id|>") && Has("<|eot_id|>")) return Llama3(messages);
+    if (Has("<start_of_turn>") && Has("<end_of_turn>")) return Gemma(messages);
     if (Has("'User: '+message['content']+'\n\n'") && Has("'Assistant: '+message['content']")) {
       return DeepSeek2(messages);
     }
@@ -91,6 +96,18 @@ class Renderer {
 
  private:
   bool Has(std::string_view part) const { return simple_.find(part) != std::string::npos; }
+  bool HasAny(std::initializer_list<std::string_view> parts) const {
+    return std::any_of(parts.begin(), parts.end(),
+                       [&](std::string_view part) { return Has(part); });
+  }
+  // system_message is set to a text.
+  bool HasDefaultSystemMessage() const {
+    constexpr std::string_view kSet = "set system_message = '";
+    for (size_t at = simple_.find(kSet); at != std::string::npos; at = simple_.find(kSet, at + 1)) {
+      if (simple_.compare(at + kSet.size(), 1, "'") != 0) return true;
+    }
+    return false;
+  }
   static Status Unknown() {
     return MakeStatus(StatusCode::kUnsupported,
                       "the model's chat template is a Jinja program of no known family, and those "
@@ -98,12 +115,14 @@ class Renderer {
                       "Qwen2, Qwen2.5 and Qwen3, Gemma, and DeepSeek V2, V3 and R1; {}",
                       kInstead);
   }
-  // kInvalidArgument unless user and assistant speak in turns.
-  static Status CheckTurns(Messages messages) {
+  // kInvalidArgument unless every other message, from the first on, is the user's. The others are
+  // the assistant's; some templates let a system message through there.
+  static Status CheckTurns(Messages messages, bool only_assistant) {
     for (size_t i = 0; i < messages.size(); ++i) {
-      if (messages[i].role != (i % 2 == 0 ? "user" : "assistant")) {
-        return InvalidArgument("{}; message {} is of the role {}", kAlternate, i + 1,
-                               messages[i].role);
+      const std::string& role = messages[i].role;
+      const bool system = role == "system" && !only_assistant;
+      if (i % 2 == 0 ? role != "user" : role != "assistant" && !system) {
+        return InvalidArgument("{}; message {} is of the role {}", kAlternate, i + 1, role);
       }
     }
     return OkStatus();
@@ -145,7 +164,10 @@ Result<std::string> Renderer::Llama3(Messages messages) {
     const std::string system = TakeSystem(&messages).value_or("");
     turn("system", fmt::format("Cutting Knowledge Date: December 2023\nToday Date: {}\n\n{}",
                                Has("strftime_now") ? today_ : "26 Jul 2024", Trim(system)));
-  } else if (Has("Cutting Knowledge") || !Has("|trim")) {
+  } else if (Has("Cutting Knowledge")) {
+    return Unknown();
+  }
+  if (!Has("+message['role']+'<|end_header_id|>\n\n'+message['content']|trim+'<|eot_id|>'")) {
     return Unknown();
   }
   for (const ChatMessage& message : messages) turn(message.role, Trim(message.content));
@@ -183,13 +205,16 @@ Result<std::optional<std::string>> Renderer::DefaultSystem() const {
 }
 
 Result<std::string> Renderer::ChatMl(Messages messages) {
-  const bool thinking = Has("reasoning_content") && Has("last_query_index");
-  const bool plain = Has("'<|im_start|>'+message['role']+'\n'+message['content']") ||
-                     Has("'<|im_start|>'+message.role+'\n'+message.content") ||
-                     Has("'<|im_start|>'+message.role+'\n'+content");
-  if ((!plain && !thinking) || Has("message['content']|trim") || Has("message['content'].strip")) {
-    return Unknown();
-  }
+  const bool thinking =
+      Has("split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n')") &&
+      Has("loop.index0 > ns.last_query_index") &&
+      Has("loop.last or (not loop.last and reasoning_content)") &&
+      Has("+'\n<think>\n'+reasoning_content.strip('\n')+'\n</think>\n\n'+content.lstrip('\n')");
+  const bool plain = (Has("'<|im_start|>'+message['role']+'\n'+message['content']") ||
+                      Has("'<|im_start|>'+message.role+'\n'+message.content") ||
+                      Has("'<|im_start|>'+message.role+'\n'+content")) &&
+                     !HasAny({"think", "reasoning", "strip", "split("});
+  if ((!plain && !thinking) || HasAny({"|trim", "replace", "raise_exception"})) return Unknown();
   if (messages.front().role != "system") {
     KV_ASSIGN_OR_RETURN(const auto system, DefaultSystem());
     if (system.has_value()) Put({"<|im_start|>system\n", *system, "<|im_end|>\n"});
@@ -248,9 +273,9 @@ Result<std::string> Renderer::Gemma(Messages messages) {
     }
     prefix = *TakeSystem(&messages) + "\n\n";
   }
-  KV_RETURN_IF_ERROR(CheckTurns(messages));
+  KV_RETURN_IF_ERROR(CheckTurns(messages, false));
   for (const ChatMessage& message : messages) {
-    Put({"<start_of_turn>", message.role == "assistant" ? "model" : "user", "\n", prefix,
+    Put({"<start_of_turn>", message.role == "assistant" ? "model" : message.role, "\n", prefix,
          Trim(message.content), "<end_of_turn>\n"});
     prefix.clear();
   }
@@ -306,7 +331,7 @@ Result<std::string> Renderer::Llama2(Messages messages) {
   // Templates of descendants add system messages of their own.
   if (!Has("system_message=false") && !Has("system_message = false")) return Unknown();
   const auto system = TakeSystem(&messages);
-  KV_RETURN_IF_ERROR(CheckTurns(messages));
+  KV_RETURN_IF_ERROR(CheckTurns(messages, false));
   for (size_t i = 0; i < messages.size(); ++i) {
     std::string content = messages[i].content;
     if (i == 0 && system.has_value()) {
@@ -314,7 +339,7 @@ Result<std::string> Renderer::Llama2(Messages messages) {
     }
     if (i % 2 == 0) {
       Put({template_.bos, "[INST] ", Trim(content), " [/INST]"});
-    } else {
+    } else if (messages[i].role == "assistant") {
       Put({" ", Trim(content), " ", template_.eos});
     }
   }
@@ -344,7 +369,7 @@ Result<std::string> Renderer::Mistral(Messages messages) {
   out_ += template_.bos;
   std::optional<std::string> system;
   if (with_first || with_last) system = TakeSystem(&messages);
-  KV_RETURN_IF_ERROR(CheckTurns(messages));
+  KV_RETURN_IF_ERROR(CheckTurns(messages, true));
   for (size_t i = 0; i < messages.size(); ++i) {
     const std::string& content = messages[i].content;
     if (i % 2 == 1) {

@@ -10,6 +10,8 @@ kvant_test(ggml_blocks_test LIBS kvant_node LABELS unit golden)
 kvant_test(gguf_test LIBS kvant_node LABELS unit fuzz golden)
 kvant_test(gguf_logits_test LIBS kvant_node LABELS golden)
 kvant_test(tokenizer_test LIBS kvant_test_models LABELS unit golden)
+kvant_test(chat_template_test LIBS kvant_node LABELS unit golden)
+kvant_test(tokenizer_kinds_test LIBS kvant_node LABELS unit golden)
 kvant_test(model_test LIBS kvant_test_models LABELS unit)
 kvant_test(decoder_test
   SOURCES support/reference_decoder.cc
