@@ -34,7 +34,18 @@ Part PartOf(SegmentKind kind) {
   return Part::kState;
 }
 
+std::vector<bool> GlobalLayers(const ModelConfig& config) {
+  std::vector<bool> global;
+  for (int layer = 0; layer < config.layers; ++layer) global.push_back(config.Window(layer) == 0);
+  return global;
+}
+
 }  // namespace
+
+Portion Portion::Meet(const Portion& other) const {
+  return {{std::min(cuts.keys, other.cuts.keys), std::min(cuts.values, other.cuts.values)},
+          std::min(scope, other.scope)};
+}
 
 Result<Wire> ParseWire(std::string_view name) {
   for (const auto& [known, wire] : kWires) {
@@ -87,7 +98,9 @@ BlockClass::BlockClass(const Model* model, const kernels::Codec* codec,
                        std::span<const std::byte> cluster_secret)
     : model_(model),
       codec_(codec),
+      global_layers_(GlobalLayers(model->config())),
       layout_(*codec, model->config().StateShape(kBlockTokens), model->config().layers),
+      global_layout_(*codec, model->config().StateShape(kBlockTokens), global_layers_),
       cluster_secret_(cluster_secret.begin(), cluster_secret.end()) {}
 
 Cuts BlockClass::CutsOf(Wire wire) const {
@@ -97,6 +110,55 @@ Cuts BlockClass::CutsOf(Wire wire) const {
   const int value_bits = layout_.shape().latent ? key_bits : wire == Wire::kFull ? 32 : 4;
   return {CutsForBits(*codec_, codec_->key_cuts, key_bits),
           CutsForBits(*codec_, codec_->value_cuts, value_bits)};
+}
+
+Scope BlockClass::ScopeAttended(size_t block, size_t position) const {
+  const ModelConfig& config = model_->config();
+  const size_t end = (block + 1) * kBlockTokens;
+  KV_DCHECK(end <= position);
+  if (config.sliding_window == 0) return Scope::kAll;
+  // All sliding layers have one window.
+  const auto window = static_cast<size_t>(config.sliding_window);
+  return end + window > position + 1 ? Scope::kAll : Scope::kGlobal;
+}
+
+std::vector<Selection> BlockClass::Missing(const Portion* held, const Portion& wanted) const {
+  std::vector<Selection> missing;
+  const auto add = [&](const std::vector<bool>& layers, const Cuts& from) {
+    if (std::find(layers.begin(), layers.end(), true) == layers.end()) return;
+    Selection selection;
+    for (const SegmentKind kind : {SegmentKind::kKey, layout_.shape().value_kind()}) {
+      if (from.Of(kind) >= wanted.cuts.Of(kind)) continue;
+      const auto part = static_cast<size_t>(PartOf(kind));
+      selection.first_cuts[part] = static_cast<uint8_t>(from.Of(kind));
+      selection.cuts[part] = static_cast<uint8_t>(wanted.cuts.Of(kind));
+    }
+    if (selection.cuts == Selection().cuts) return;
+    selection.SetLayers(layers);
+    missing.push_back(std::move(selection));
+  };
+  const Cuts have = held != nullptr ? held->cuts : Cuts();
+  const bool all = wanted.scope == Scope::kAll;
+  if (held != nullptr && all && held->scope == Scope::kGlobal) {
+    add(global_layers_, have);
+    std::vector<bool> sliding = global_layers_;
+    sliding.flip();
+    add(sliding, Cuts());
+  } else {
+    add(all ? std::vector<bool>(global_layers_.size(), true) : global_layers_, have);
+  }
+  return missing;
+}
+
+uint64_t BlockClass::SelectedBytes(const Selection& selection) const {
+  uint64_t bytes = 0;
+  for (const kernels::PayloadRow& row : layout_.rows()) {
+    const bool takes =
+        selection.Takes(static_cast<uint8_t>(PartOf(row.kind)), static_cast<uint8_t>(row.cut),
+                        static_cast<uint16_t>(row.layer));
+    bytes += takes ? row.length : 0;
+  }
+  return bytes;
 }
 
 uint64_t BlockClass::Bf16BytesPerToken() const {
@@ -179,14 +241,16 @@ Status BlockClass::CheckManifest(const BlockKey& key, const BlockManifest& manif
   return OkStatus();
 }
 
-Status BlockClass::CheckLayer(int layer, const Cuts& cuts, std::span<const std::byte> bytes) const {
-  KV_CHECK(bytes.size() >= BytesOf(cuts));
+Status BlockClass::CheckLayer(int layer, const Portion& portion,
+                              std::span<const std::byte> bytes) const {
+  KV_CHECK(bytes.size() >= BytesOf(portion));
+  const kernels::PayloadLayout& held = layout(portion.scope);
   for (const SegmentKind kind : {SegmentKind::kKey, layout_.shape().value_kind()}) {
-    const int count = kind == SegmentKind::kKey ? cuts.keys : cuts.values;
+    const int count = portion.cuts.Of(kind);
     size_t sizes[kernels::kMaxCuts] = {};
-    for (int cut = 0; cut < count; ++cut) sizes[cut] = layout_.Row(kind, cut, layer).length;
+    for (int cut = 0; cut < count; ++cut) sizes[cut] = held.Row(kind, cut, layer).length;
     KV_RETURN_IF_ERROR(codec_->check(kind, layout_.shape().Of(kind),
-                                     layout_.Ranges(kind, layer, count, bytes.data()),
+                                     held.Ranges(kind, layer, count, bytes.data()),
                                      std::span(sizes, static_cast<size_t>(count))));
   }
   return OkStatus();

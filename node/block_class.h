@@ -27,9 +27,30 @@ std::string_view WireName(Wire wire);
 // so the extents that `Cuts` names are a prefix of the payload.
 struct Cuts {
   int keys = 0;
-  int values = 0;
+  int values = 0;  // or latents
   bool Covers(const Cuts& other) const { return keys >= other.keys && values >= other.values; }
+  int Of(kernels::SegmentKind kind) const {
+    return kind == kernels::SegmentKind::kKey ? keys : values;
+  }
   friend bool operator==(const Cuts&, const Cuts&) = default;
+};
+
+// Which layers of a block are held: all, or only the global ones, those that attend every token.
+// No token attends a sliding layer of a block that lies before its window (docs/adr/0016).
+enum class Scope : uint8_t { kGlobal, kAll };
+
+// How much of a block: which extents, of which layers. Cuts alone mean those of all layers.
+struct Portion {
+  Portion(const Cuts& of_cuts, Scope of_scope = Scope::kAll) : cuts(of_cuts), scope(of_scope) {}
+
+  Cuts cuts;
+  Scope scope;
+  bool Covers(const Portion& other) const {
+    return cuts.Covers(other.cuts) && scope >= other.scope;
+  }
+  // What both have.
+  Portion Meet(const Portion& other) const;
+  friend bool operator==(const Portion&, const Portion&) = default;
 };
 
 // Which tenants share blocks: a tenant's domain is its own name unless it was put into another.
@@ -54,19 +75,33 @@ class BlockClass {
   const kernels::Codec& codec() const { return *codec_; }
   // Of a whole block (kBlockTokens tokens, all layers).
   const kernels::PayloadLayout& layout() const { return layout_; }
+  // Of a block that holds the layers of a scope.
+  const kernels::PayloadLayout& layout(Scope scope) const {
+    return scope == Scope::kAll ? layout_ : global_layout_;
+  }
   uint64_t payload_bytes() const { return layout_.total_bytes(); }
-  uint64_t BytesOf(const Cuts& cuts) const { return layout_.BytesOfCuts(cuts.keys, cuts.values); }
+  uint64_t BytesOf(const Portion& portion) const {
+    return layout(portion.scope).BytesOfCuts(portion.cuts.keys, portion.cuts.values);
+  }
+  // The layers of which a token at `position` or behind it attends anything in block `block` of
+  // its sequence. REQUIRES: the block ends at `position` or before.
+  Scope ScopeAttended(size_t block, size_t position) const;
+  // What of a stored block makes `wanted` out of `held` (nullptr: out of nothing). Never a row that
+  // `held` has, never one twice; the rows of a layer are all in one selection.
+  std::vector<Selection> Missing(const Portion* held, const Portion& wanted) const;
+  // Of a stored block of this class.
+  uint64_t SelectedBytes(const Selection& selection) const;
 
   Cuts FullCuts() const { return {codec_->key_cuts, codec_->value_cuts}; }
   // REQUIRES: wire != kAuto.
   Cuts CutsOf(Wire wire) const;
-  // Bytes of bf16 keys and values of one token: what is moved where nothing is compressed.
+  // Bytes of one token's state in bf16, all layers: what is moved where nothing is compressed.
   uint64_t Bf16BytesPerToken() const;
 
   // Keys of the whole blocks of `tokens` under `domain`.
   std::vector<BlockKey> Keys(std::span<const int32_t> tokens, std::string_view domain) const;
-  // Writes one layer of a whole block into its payload. keys, values:
-  // [kBlockTokens][kv_heads][head_dim]. max_errors: nullptr, or [row], as layout().rows(): those of
+  // Writes one layer of a whole block into its payload. keys, values: as a LayerSink gets them,
+  // kBlockTokens tokens. max_errors: nullptr, or [row], as layout().rows(): those of
   // this layer are set.
   void EncodeLayer(int layer, const float* keys, const float* values, std::byte* payload,
                    float* max_errors) const;
@@ -76,14 +111,16 @@ class BlockClass {
   // That a manifest from elsewhere describes a whole block of this class under `key`. kDataLoss
   // says what differs.
   Status CheckManifest(const BlockKey& key, const BlockManifest& manifest) const;
-  // That the bytes of one layer are well-formed in this codec (Codec::check). bytes: a payload's
-  // first BytesOf(cuts) bytes. kDataLoss otherwise.
-  Status CheckLayer(int layer, const Cuts& cuts, std::span<const std::byte> bytes) const;
+  // That the bytes of one layer are well-formed in this codec (Codec::check). bytes: a block's
+  // BytesOf(portion) bytes. kDataLoss otherwise. REQUIRES: the layer is in the portion's scope.
+  Status CheckLayer(int layer, const Portion& portion, std::span<const std::byte> bytes) const;
 
  private:
   const Model* model_;
   const kernels::Codec* codec_;
+  std::vector<bool> global_layers_;  // [layers]
   kernels::PayloadLayout layout_;
+  kernels::PayloadLayout global_layout_;
   std::vector<std::byte> cluster_secret_;
 };
 

@@ -31,9 +31,10 @@ Status BlockPast::AwaitLayer(const CachedBlock& block, int layer) const {
 
 Status BlockPast::Layer(int block, int layer, kernels::LayerTile* out) {
   const CachedBlock& cached = *blocks_[static_cast<size_t>(block)];
-  KV_CHECK(cached.cuts.Covers(read_));
+  const kernels::PayloadLayout& layout = block_class_.layout(cached.portion.scope);
+  KV_CHECK(cached.portion.cuts.Covers(read_) && layout.Holds(layer));
   KV_RETURN_IF_ERROR(AwaitLayer(cached, layer));
-  *out = FillTile(block_class_.layout(), layer, read_, cached.bytes);
+  *out = FillTile(layout, layer, read_, cached.bytes);
   return OkStatus();
 }
 

@@ -31,7 +31,7 @@ class BlockPast final : public PastBlocks {
  public:
   // read: the extents that are attended, whatever more a block holds: a result must not depend on
   // where a block came from. arrival: nullptr where all blocks are complete.
-  // REQUIRES: every block holds at least `read`.
+  // REQUIRES: every block holds at least `read` of every layer that will be asked for.
   BlockPast(const BlockClass& block_class, std::span<const CachedBlockPtr> blocks, const Cuts& read,
             const ArrivalWait* arrival)
       : block_class_(block_class), blocks_(blocks), read_(read), arrival_(arrival) {}

@@ -25,15 +25,32 @@ SupplyJobPtr BlockSupply::Start(SupplyNeed need) {
   job->blocks.resize(need.blocks);
   job->place.assign(need.blocks, Place::kUnknown);
   job->patience.assign(need.blocks, 0);
+  job->scope.assign(need.blocks, Scope::kGlobal);
   job->read_cuts = need.wire == Wire::kAuto ? block_class_->CutsOf(Wire::kK4V4)
                                             : block_class_->CutsOf(need.wire);
   job->need = std::move(need);
+  FindNeeds(job.get());
   return job;
 }
 
+Portion BlockSupply::NeedOf(const SupplyJob& job, size_t block) const {
+  return job.NeedOf(block, block_class_->FullCuts(), job.read_cuts);
+}
+
+void BlockSupply::FindNeeds(SupplyJob* job) const {
+  // Whoever comes next behind a block sees more of it than those further on. Behind the last one
+  // comes the tail.
+  size_t next = job->place.size();
+  for (size_t i = job->place.size(); i-- > 0;) {
+    job->scope[i] = std::max(job->scope[i], block_class_->ScopeAttended(i, next * kBlockTokens));
+    if (job->place[i] != Place::kCompute) continue;
+    job->full_before = std::max(job->full_before, i);
+    next = i;
+  }
+}
+
 bool BlockSupply::TakeIfHere(SupplyJob* job, size_t block) {
-  CachedBlockPtr here =
-      cache_->Find(job->keys[block], job->CutsOf(block, block_class_->FullCuts()));
+  CachedBlockPtr here = cache_->Find(job->keys[block], NeedOf(*job, block));
   if (here == nullptr) return false;
   job->blocks[block] = std::move(here);
   job->place[block] = Place::kHere;
@@ -75,9 +92,6 @@ void BlockSupply::PlanSources(const SupplyJobPtr& job) {
                        job->found[i].payload_bytes == block_class_->payload_bytes();
     (there ? in_tier : missing).push_back(i);
   }
-  if (job->need.wire == Wire::kAuto && !in_tier.empty()) {
-    job->read_cuts = planner_->ChooseCuts(*block_class_, Wire::kAuto, in_tier.size());
-  }
   const auto silent = std::count_if(job->found.begin(), job->found.end(), [](const auto& block) {
     return block.state == LookupState::kUnreachable;
   });
@@ -87,21 +101,20 @@ void BlockSupply::PlanSources(const SupplyJobPtr& job) {
   }
 
   const bool ask = peer_ != nullptr && !missing.empty();
-  if (!ask && !missing.empty()) job->full_before = missing.back();
   for (const size_t i : missing) job->place[i] = ask ? Place::kPeer : Place::kCompute;
+  FindNeeds(job.get());
   if (ask) AskPeer(job, missing);
 
   if (in_tier.empty()) return;
+  if (job->need.wire == Wire::kAuto) {
+    job->read_cuts = planner_->ChooseCuts(*block_class_, Wire::kAuto, [&](const Cuts& cuts) {
+      return FetchBytes(*job, in_tier, cuts);
+    });
+  }
   PlanQuestion question;
   question.compute_tokens = in_tier.size() * kBlockTokens;
-  for (size_t i = 0; i < job->keys.size(); ++i) {
-    if (job->place[i] == Place::kUnknown) {
-      question.fetch_bytes += block_class_->BytesOf(job->CutsOf(i, block_class_->FullCuts()));
-    } else if (job->place[i] == Place::kHere && i < in_tier.back() &&
-               !job->blocks[i]->cuts.Covers(block_class_->FullCuts())) {
-      question.also_fetch_bytes += block_class_->payload_bytes();
-    }
-  }
+  question.fetch_bytes = FetchBytes(*job, in_tier, job->read_cuts);
+  question.also_fetch_bytes = AlsoFetchBytes(*job, in_tier);
   job->plan = planner_->Decide(question);
   job->plan_started = clock_->Now();
   job->plan_open = true;
@@ -113,10 +126,7 @@ void BlockSupply::PlanSources(const SupplyJobPtr& job) {
   for (const size_t i : in_tier) {
     job->place[i] = job->plan.fetch ? Place::kTier : Place::kCompute;
   }
-  if (!job->plan.fetch) {
-    job->full_before = std::max(job->full_before, in_tier.back());
-    return;
-  }
+  if (!job->plan.fetch) return;
   job->tier_hits = in_tier.size();
   stats_.tier_hit_blocks += in_tier.size();
 }
@@ -170,22 +180,44 @@ void BlockSupply::GiveUpShard(SupplyJob* job, size_t shard) {
                tier_->map().shards()[shard].address);
 }
 
-void BlockSupply::RaiseCuts(SupplyJob* job) {
-  for (size_t i = job->place.size(); i-- > 0;) {
-    if (job->place[i] == Place::kCompute) {
-      job->full_before = std::max(job->full_before, i);
-      break;
-    }
-  }
-  // Also what was found in memory before the planner chose to read more than it holds.
+void BlockSupply::RaiseNeeds(SupplyJob* job) {
+  FindNeeds(job);
+  // What is here stays in the job until the rest of it has come. Also what was found in memory
+  // before the planner chose to read more than it holds.
   for (size_t i = 0; i < job->blocks.size(); ++i) {
-    if (job->blocks[i] == nullptr ||
-        job->blocks[i]->cuts.Covers(job->CutsOf(i, block_class_->FullCuts()))) {
-      continue;
-    }
-    job->blocks[i] = nullptr;
+    if (job->place[i] != Place::kHere || job->blocks[i]->portion.Covers(NeedOf(*job, i))) continue;
     job->place[i] = tier_ != nullptr ? Place::kTier : Place::kCompute;
   }
+}
+
+CachedBlockPtr BlockSupply::HeldOf(const SupplyJob& job, size_t block) const {
+  CachedBlockPtr held = cache_->Newest(job.keys[block]);
+  return held != nullptr ? held : job.blocks[block];
+}
+
+uint64_t BlockSupply::FetchBytes(const SupplyJob& job, std::span<const size_t> blocks,
+                                 const Cuts& read) const {
+  uint64_t bytes = 0;
+  for (const size_t i : blocks) {
+    const Portion need = job.NeedOf(i, block_class_->FullCuts(), read);
+    const CachedBlockPtr held = HeldOf(job, i);
+    bytes += block_class_->BytesOf(need);
+    if (held != nullptr) bytes -= block_class_->BytesOf(held->portion.Meet(need));
+  }
+  return bytes;
+}
+
+uint64_t BlockSupply::AlsoFetchBytes(const SupplyJob& job, std::span<const size_t> computed) const {
+  uint64_t bytes = 0;
+  size_t next = computed.size();
+  for (size_t i = computed.back(); i-- > 0;) {
+    while (next > 0 && computed[next - 1] > i) --next;
+    if (job.place[i] != Place::kHere) continue;
+    const Portion need(block_class_->FullCuts(),
+                       block_class_->ScopeAttended(i, computed[next] * kBlockTokens));
+    bytes += block_class_->BytesOf(need) - block_class_->BytesOf(job.blocks[i]->portion.Meet(need));
+  }
+  return bytes;
 }
 
 void BlockSupply::StartFetches(const SupplyJobPtr& job) {
@@ -194,33 +226,70 @@ void BlockSupply::StartFetches(const SupplyJobPtr& job) {
   for (size_t i = 0; i < job->place.size(); ++i) {
     if (job->place[i] == Place::kTier && !TakeIfHere(job.get(), i)) wanted.push_back(i);
   }
-  size_t begin = 0;
-  while (begin < wanted.size()) {
-    const Cuts cuts = job->CutsOf(wanted[begin], block_class_->FullCuts());
-    const size_t most = tier_->MaxFetchBlocks(cuts);
-    std::vector<CachedBlockPtr> blocks;
-    std::vector<uint64_t> runs;
-    size_t end = begin;
-    while (end < wanted.size() && end - begin < most &&
-           job->CutsOf(wanted[end], block_class_->FullCuts()) == cuts) {
-      const size_t i = wanted[end++];
-      blocks.push_back(std::make_shared<CachedBlock>(*block_class_, job->keys[i], cuts));
-      runs.push_back(RunOf(job->keys, i));
+  std::vector<size_t> indices;
+  std::vector<CachedBlockPtr> blocks;
+  uint64_t bytes = 0;
+  for (const size_t i : wanted) {
+    const Portion need = NeedOf(*job, i);
+    const CachedBlockPtr held = HeldOf(*job, i);
+    // What is on its way is built upon once it is here, rather than moved twice.
+    if (held != nullptr && held->failed.ok() && !held->complete()) continue;
+    CachedBlockPtr block = held != nullptr && held->failed.ok()
+                               ? std::make_shared<CachedBlock>(*block_class_, *held, need)
+                               : std::make_shared<CachedBlock>(*block_class_, job->keys[i], need);
+    const uint64_t missing = tier_->MissingBytes(*block);
+    if (missing == 0) {
+      // Every layer slides, and none of its tokens is attended any more.
+      CountSliding(*block);
+      job->blocks[i] = std::move(block);
+      job->place[i] = Place::kHere;
+      continue;
     }
-    const bool started = tier_->Fetch(blocks, runs, [weak = std::weak_ptr(job), this] {
-      const SupplyJobPtr waiting = weak.lock();
-      if (waiting == nullptr) return;
-      --waiting->fetches;
-      if (waiting->fetches == 0 && waiting->plan.fetch) ClosePlan(waiting.get());
-    });
-    if (!started) return;  // no buffer: the next Advance tries again
-    ++job->fetches;
-    for (size_t k = begin; k < end; ++k) {
-      job->blocks[wanted[k]] = blocks[k - begin];
-      job->place[wanted[k]] = Place::kHere;
-      cache_->Insert(blocks[k - begin]);
+    if (!tier_->FetchTakes(blocks.size() + 1, bytes + missing)) {
+      if (!StartFetch(job, indices, blocks)) return;  // the next Advance tries again
+      indices.clear();
+      blocks.clear();
+      bytes = 0;
     }
-    begin = end;
+    indices.push_back(i);
+    blocks.push_back(std::move(block));
+    bytes += missing;
+  }
+  if (!blocks.empty()) static_cast<void>(StartFetch(job, indices, blocks));
+}
+
+bool BlockSupply::StartFetch(const SupplyJobPtr& job, std::span<const size_t> indices,
+                             const std::vector<CachedBlockPtr>& blocks) {
+  std::vector<uint64_t> runs;
+  for (const size_t i : indices) runs.push_back(RunOf(job->keys, i));
+  const bool started = tier_->Fetch(blocks, runs, [weak = std::weak_ptr(job), blocks, this] {
+    for (const CachedBlockPtr& block : blocks) {
+      if (block->complete()) CountSliding(*block);
+    }
+    const SupplyJobPtr waiting = weak.lock();
+    if (waiting == nullptr) return;
+    --waiting->fetches;
+    if (waiting->fetches == 0 && waiting->plan.fetch) ClosePlan(waiting.get());
+  });
+  if (!started) return false;
+  ++job->fetches;
+  for (size_t k = 0; k < indices.size(); ++k) {
+    job->blocks[indices[k]] = blocks[k];
+    job->place[indices[k]] = Place::kHere;
+    cache_->Insert(blocks[k]);
+  }
+  return true;
+}
+
+void BlockSupply::CountSliding(const CachedBlock& block) {
+  const auto sliding_bytes = [&](const Cuts& cuts) {
+    return block_class_->BytesOf(cuts) - block_class_->BytesOf({cuts, Scope::kGlobal});
+  };
+  const uint64_t before = block.copied ? sliding_bytes(block.copied->cuts) : 0;
+  if (block.portion.scope == Scope::kGlobal) {
+    stats_.sliding_bytes_skipped += sliding_bytes(block.portion.cuts) - before;
+  } else if (block.copied && block.copied->scope == Scope::kGlobal) {
+    stats_.sliding_bytes_fetched_later += before;
   }
 }
 
@@ -249,7 +318,7 @@ BlockSupply::Progress BlockSupply::Advance(const SupplyJobPtr& job) {
     }
   }
   DropFailed(job.get());
-  RaiseCuts(job.get());
+  RaiseNeeds(job.get());
   if (tier_ != nullptr) StartFetches(job);
 
   for (size_t i = 0; i < job->place.size(); ++i) {

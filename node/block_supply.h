@@ -50,7 +50,7 @@ struct SupplyJob {
   enum class Place : uint8_t {
     kUnknown,
     kHere,     // blocks[i] is set, complete or arriving
-    kTier,     // to be fetched
+    kTier,     // to be fetched; blocks[i] is set if a part of it is here
     kPeer,     // a prefill node computes it
     kCompute,  // to be computed here
   };
@@ -62,7 +62,8 @@ struct SupplyJob {
   std::vector<uint8_t> patience;
   TimePoint fetch_again_at{};  // not before then
   Cuts read_cuts;
-  size_t full_before = 0;  // blocks before this one are needed whole, to compute what follows
+  size_t full_before = 0;    // blocks before this one are needed at the full cut, to compute others
+  std::vector<Scope> scope;  // [blocks] layers that are attended, by the tail or to compute others
   bool took_local = false;
   bool looking_up = false;
   bool planned = false;
@@ -75,8 +76,9 @@ struct SupplyJob {
   size_t recomputed = 0;  // blocks that were to be had elsewhere, but failed
   std::vector<LookupBlock> found;
 
-  Cuts CutsOf(size_t block, const Cuts& full) const {
-    return block < full_before ? full : read_cuts;
+  // What of a block is needed where `read` is enough for who only reads.
+  Portion NeedOf(size_t block, const Cuts& full, const Cuts& read) const {
+    return {block < full_before ? full : read, scope[block]};
   }
 };
 using SupplyJobPtr = std::shared_ptr<SupplyJob>;
@@ -86,6 +88,10 @@ struct SupplyStats {
   uint64_t tier_hit_blocks = 0;
   uint64_t computed_blocks = 0;
   uint64_t asked_blocks = 0;  // of prefill peers
+  // Of sliding layers: bytes of fetched blocks that were left in the tier, since no token would
+  // attend them, and what of them was fetched later, for a shorter prefix.
+  uint64_t sliding_bytes_skipped = 0;
+  uint64_t sliding_bytes_fetched_later = 0;
 };
 
 // Single-owner; borrows everything.
@@ -125,8 +131,22 @@ class BlockSupply {
   // Computes what was still to be fetched from a shard that missed its deadline: each further fetch
   // might miss it too, one behind the other.
   void GiveUpShard(SupplyJob* job, size_t shard);
-  void RaiseCuts(SupplyJob* job);
+  Portion NeedOf(const SupplyJob& job, size_t block) const;
+  // Finds anew who attends which block, and so what is needed of it. Needs only grow.
+  void FindNeeds(SupplyJob* job) const;
+  // Finds needs, and has fetched what a block that is here falls short of them.
+  void RaiseNeeds(SupplyJob* job);
+  // The block to be built upon; nullptr if nothing of it is in memory.
+  CachedBlockPtr HeldOf(const SupplyJob& job, size_t block) const;
+  // What a fetch of these blocks would move, were `read` enough for who only reads.
+  uint64_t FetchBytes(const SupplyJob& job, std::span<const size_t> blocks, const Cuts& read) const;
+  // What computing these blocks would have to fetch of others first.
+  uint64_t AlsoFetchBytes(const SupplyJob& job, std::span<const size_t> computed) const;
   void StartFetches(const SupplyJobPtr& job);
+  // Starts one fetch. False: no buffer is free now.
+  bool StartFetch(const SupplyJobPtr& job, std::span<const size_t> indices,
+                  const std::vector<CachedBlockPtr>& blocks);
+  void CountSliding(const CachedBlock& block);
   bool TakeIfHere(SupplyJob* job, size_t block);
   void PublishFromMemory(const SupplyJobPtr& job, size_t block);
   void Seal(const SupplyJobPtr& job, size_t block, TierLink::PutId put,

@@ -1,16 +1,31 @@
 #include "node/local_cache.h"
 
+#include <cstring>
 #include <utility>
 
 namespace kvant::node {
 
 CachedBlock::CachedBlock(const BlockClass& block_class, const BlockKey& block_key,
-                         const Cuts& block_cuts)
+                         const Portion& block_portion)
     : key(block_key),
-      cuts(block_cuts),
-      bytes(block_class.BytesOf(block_cuts)),
+      portion(block_portion),
+      bytes(block_class.BytesOf(block_portion)),
       ready(static_cast<size_t>(block_class.layout().layers()), 0),
-      layers_missing(block_class.layout().layers()) {}
+      layers_missing(block_class.layout(block_portion.scope).held_layers()) {}
+
+CachedBlock::CachedBlock(const BlockClass& block_class, const CachedBlock& held,
+                         const Portion& block_portion)
+    : CachedBlock(block_class, held.key, block_portion) {
+  KV_CHECK(held.complete());
+  copied = held.portion.Meet(portion);
+  const kernels::PayloadLayout& from = block_class.layout(held.portion.scope);
+  const kernels::PayloadLayout& to = block_class.layout(portion.scope);
+  for (const kernels::PayloadRow& row : block_class.layout(copied->scope).rows()) {
+    if (row.cut >= copied->cuts.Of(row.kind)) continue;
+    std::memcpy(bytes.data() + to.Row(row.kind, row.cut, row.layer).offset,
+                held.bytes.data() + from.Row(row.kind, row.cut, row.layer).offset, row.length);
+  }
+}
 
 void CachedBlock::MarkReady(int layer) {
   uint8_t& flag = ready[static_cast<size_t>(layer)];
@@ -21,44 +36,84 @@ void CachedBlock::MarkReady(int layer) {
 LocalCache::LocalCache(const BlockClass* block_class, uint64_t limit_bytes)
     : block_class_(block_class), limit_bytes_(limit_bytes) {}
 
-CachedBlockPtr LocalCache::Find(const BlockKey& key, const Cuts& cuts) {
+CachedBlockPtr LocalCache::Find(const BlockKey& key, const Portion& portion) {
   const auto found = entries_.find(key);
   if (found == entries_.end()) return nullptr;
-  const CachedBlockPtr block = *found->second;
-  if (!block->failed.ok()) {
-    Erase(found->second);
-    return nullptr;
-  }
-  if (!block->cuts.Covers(cuts)) return nullptr;
-  order_.splice(order_.begin(), order_, found->second);
+  const Order::iterator entry = found->second;
+  if (!Settle(entry)) return nullptr;
+  // What is complete serves sooner than what is on its way.
+  const CachedBlockPtr& block =
+      entry->held != nullptr && entry->held->portion.Covers(portion) ? entry->held : entry->block;
+  if (!block->portion.Covers(portion)) return nullptr;
+  order_.splice(order_.begin(), order_, entry);
   return block;
 }
 
+CachedBlockPtr LocalCache::Newest(const BlockKey& key) {
+  const auto found = entries_.find(key);
+  if (found == entries_.end()) return nullptr;
+  const Order::iterator entry = found->second;
+  return Settle(entry) ? entry->block : nullptr;
+}
+
 void LocalCache::Insert(CachedBlockPtr block) {
-  if (limit_bytes_ == 0) return;
-  const auto found = entries_.find(block->key);
-  if (found != entries_.end()) Erase(found->second);
-  bytes_ += block->bytes.size();
-  const BlockKey key = block->key;
-  order_.push_front(std::move(block));
-  entries_[key] = order_.begin();
+  if (limit_bytes_ == 0 || block->bytes.empty()) return;
+  Entry entry{std::move(block), nullptr};
+  const auto found = entries_.find(entry.block->key);
+  if (found != entries_.end() && Settle(found->second)) {
+    const Entry& before = *found->second;
+    if (!entry.block->complete()) {
+      entry.held = before.block->complete() ? before.block : before.held;
+    }
+    Erase(found->second);
+  }
+  bytes_ += entry.block->bytes.size();
+  if (entry.held != nullptr) {
+    bytes_ += entry.held->bytes.size();
+    ++held_;
+  }
+  order_.push_front(std::move(entry));
+  entries_[order_.front().block->key] = order_.begin();
   Trim();
 }
 
 void LocalCache::Trim() {
+  if (bytes_ > limit_bytes_ && held_ != 0) {
+    for (auto entry = order_.begin(); entry != order_.end();) Settle(entry++);
+  }
   auto entry = order_.end();
   while (bytes_ > limit_bytes_ && entry != order_.begin()) {
     --entry;
-    if (entry->use_count() > 1) continue;  // a sequence attends it
+    // A sequence attends it, or it is on its way.
+    if (entry->block.use_count() > 1 || entry->held.use_count() > 1) continue;
     const auto victim = entry++;
     Erase(victim);
     ++evicted_;
   }
 }
 
+bool LocalCache::Settle(Order::iterator entry) {
+  const bool failed = !entry->block->failed.ok();
+  if (failed && entry->held == nullptr) {
+    Erase(entry);
+    return false;
+  }
+  if (entry->held != nullptr && (failed || entry->block->complete())) {
+    if (failed) std::swap(entry->block, entry->held);
+    bytes_ -= entry->held->bytes.size();
+    entry->held = nullptr;
+    --held_;
+  }
+  return true;
+}
+
 void LocalCache::Erase(Order::iterator entry) {
-  bytes_ -= (*entry)->bytes.size();
-  entries_.erase((*entry)->key);
+  bytes_ -= entry->block->bytes.size();
+  if (entry->held != nullptr) {
+    bytes_ -= entry->held->bytes.size();
+    --held_;
+  }
+  entries_.erase(entry->block->key);
   order_.erase(entry);
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <list>
 #include <memory>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -15,37 +16,49 @@
 
 namespace kvant::node {
 
-// One whole block, or its first extents, perhaps still on its way. Shared by the cache and by the
+// One whole block, or a portion of it, perhaps still on its way. Shared by the cache and by the
 // sequences that attend it; written only by who fills it.
-// Invariants: 1. bytes holds the payload's first BytesOf(cuts) bytes; those of a layer may be read
-// once ready[layer]. 2. A ready layer was verified against its checksums and never changes again.
+// Invariants: 1. bytes holds the portion's layers and extents, BytesOf(portion) bytes, laid out as
+// layout(portion.scope) says; those of a layer may be read once ready[layer]. 2. A ready layer was
+// verified against its checksums and never changes again.
 struct CachedBlock {
   BlockKey key;
-  Cuts cuts;
+  Portion portion;
+  std::optional<Portion> copied;  // what of it came out of a block that was here before
   std::vector<std::byte> bytes;
-  std::vector<uint8_t> ready;  // [layers]
-  int layers_missing = 0;      // layers that are not ready
+  std::vector<uint8_t> ready;  // [layers of the model]; 0 for layers out of scope
+  int layers_missing = 0;      // layers in scope that are not ready
   Status failed;               // not ok: what is missing will never come
   bool absent = false;         // failed because the tier did not have it
   BlockManifest manifest;      // with rows only where the whole block was computed here
 
-  CachedBlock(const BlockClass& block_class, const BlockKey& block_key, const Cuts& block_cuts);
+  CachedBlock(const BlockClass& block_class, const BlockKey& block_key,
+              const Portion& block_portion);
+  // Begins with what `held` has of the portion, so that only the rest need be fetched. No layer is
+  // ready yet: whoever fetches the rest checks that both were written as one.
+  // REQUIRES: held is complete and of the same key.
+  CachedBlock(const BlockClass& block_class, const CachedBlock& held, const Portion& block_portion);
   bool complete() const { return layers_missing == 0; }
   void MarkReady(int layer);
 };
 using CachedBlockPtr = std::shared_ptr<CachedBlock>;
 
-// Least recently used blocks go first; what a sequence still holds is kept, and counts.
-// Single-owner.
+// Least recently used blocks go first; what a sequence still holds is kept, and counts. A block on
+// its way that takes the place of a complete one leaves that one usable until it is complete
+// itself. Single-owner.
 class LocalCache {
  public:
   // limit_bytes: 0 keeps and finds nothing.
   LocalCache(const BlockClass* block_class, uint64_t limit_bytes);
 
-  // A block that holds, or will hold, at least `cuts`; nullptr if there is none. Blocks that failed
-  // are forgotten.
-  CachedBlockPtr Find(const BlockKey& key, const Cuts& cuts);
-  // Replaces a block of the same key.
+  // A block that holds, or will hold, at least `portion`; nullptr if there is none. Blocks that
+  // failed are forgotten.
+  CachedBlockPtr Find(const BlockKey& key, const Portion& portion);
+  // The newest block of this key, however little it holds or will hold; nullptr if there is none.
+  // It does not count as a use.
+  CachedBlockPtr Newest(const BlockKey& key);
+  // Replaces a block of the same key; a complete one only once `block` is complete. A block without
+  // bytes is not kept.
   void Insert(CachedBlockPtr block);
   // Gives up what exceeds the limit and is not in use.
   void Trim();
@@ -55,13 +68,21 @@ class LocalCache {
   uint64_t evicted() const { return evicted_; }
 
  private:
-  using Order = std::list<CachedBlockPtr>;  // most recently used first
+  struct Entry {
+    CachedBlockPtr block;
+    CachedBlockPtr held;  // complete, and in use until `block` is complete; usually none
+  };
+  using Order = std::list<Entry>;  // most recently used first
+  // Drops of the two blocks the one that is not needed any more. False: neither is left, and the
+  // entry is gone.
+  bool Settle(Order::iterator entry);
   void Erase(Order::iterator entry);
 
   const BlockClass* block_class_;
   uint64_t limit_bytes_;
   uint64_t bytes_ = 0;
   uint64_t evicted_ = 0;
+  size_t held_ = 0;  // entries with two blocks
   Order order_;
   std::unordered_map<BlockKey, Order::iterator> entries_;
 };

@@ -39,11 +39,12 @@ Plan Planner::Decide(const PlanQuestion& question) {
   return plan;
 }
 
-Cuts Planner::ChooseCuts(const BlockClass& block_class, Wire wire, size_t blocks) const {
+Cuts Planner::ChooseCuts(const BlockClass& block_class, Wire wire,
+                         const FetchBytes& fetch_bytes) const {
   if (wire != Wire::kAuto) return block_class.CutsOf(wire);
   for (const Wire candidate : {Wire::kFull, Wire::kK8V4}) {
     const Cuts cuts = block_class.CutsOf(candidate);
-    if (FetchTime(block_class.BytesOf(cuts) * blocks) <= fetch_budget_) return cuts;
+    if (FetchTime(fetch_bytes(cuts)) <= fetch_budget_) return cuts;
   }
   return block_class.CutsOf(Wire::kK4V4);
 }

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 
 #include "base/clock.h"
 #include "node/block_class.h"
@@ -18,10 +19,10 @@ struct MeasuredRates {
 };
 
 struct PlanQuestion {
-  uint64_t fetch_bytes = 0;   // payload to be fetched, at the cut the reader wants
+  uint64_t fetch_bytes = 0;   // payload to be fetched: what the reader wants and does not have
   size_t compute_tokens = 0;  // tokens to be computed instead
   uint64_t also_fetch_bytes =
-      0;  // what computing would need on top: earlier blocks at the full cut
+      0;  // what computing would need on top: the rest of earlier blocks, at the full cut
 };
 
 struct Plan {
@@ -48,8 +49,9 @@ class Planner {
   explicit Planner(Duration fetch_budget) : fetch_budget_(fetch_budget) {}
 
   Plan Decide(const PlanQuestion& question);
-  // The cut that `wire` means for a fetch of `blocks` blocks.
-  Cuts ChooseCuts(const BlockClass& block_class, Wire wire, size_t blocks) const;
+  // The cuts that `wire` means. fetch_bytes: what a fetch at these cuts would move.
+  using FetchBytes = std::function<uint64_t(const Cuts& cuts)>;
+  Cuts ChooseCuts(const BlockClass& block_class, Wire wire, const FetchBytes& fetch_bytes) const;
 
   void SawRoundTrip(Duration took);
   void SawFetch(uint64_t payload_bytes, Duration took);

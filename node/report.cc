@@ -127,7 +127,9 @@ Json NodeRankReport(int rank, Role role, const std::string& host, NodeRuntime& n
            {{"computed_blocks", supply.computed_blocks},
             {"local_hit_blocks", supply.local_hit_blocks},
             {"tier_hit_blocks", supply.tier_hit_blocks},
-            {"asked_blocks", supply.asked_blocks}}},
+            {"asked_blocks", supply.asked_blocks},
+            {"sliding_bytes_skipped", supply.sliding_bytes_skipped},
+            {"sliding_bytes_fetched_later", supply.sliding_bytes_fetched_later}}},
           {"tier",
            {{"fetched_blocks", link.fetched_blocks},
             {"fetched_bytes", link.fetched_bytes},
@@ -195,6 +197,8 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
   const uint64_t generated = Sum(ranks, "scheduler", "generated_tokens");
   const uint64_t baseline = prompt_tokens * setup.bf16_bytes_per_token;
   const uint64_t sealed = Sum(ranks, "store", "sealed");
+  const uint64_t sliding_skipped = Sum(ranks, "supply", "sliding_bytes_skipped");
+  const uint64_t sliding_later = Sum(ranks, "supply", "sliding_bytes_fetched_later");
   std::string core_type;
   double forecast_error = 0;
   uint64_t outcomes = 0;
@@ -235,6 +239,7 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
       {"bytes_per_generated_token",
        Ratio(static_cast<double>(payload + control), static_cast<double>(generated))},
       {"baseline_bytes", baseline},
+      {"sliding_bytes_not_fetched", sliding_skipped - std::min(sliding_skipped, sliding_later)},
       {"traffic_ratio",
        Ratio(static_cast<double>(baseline), static_cast<double>(payload + control))},
       {"stored_bytes", Sum(ranks, "store", "payload_bytes")},
@@ -318,7 +323,12 @@ Result<std::string> FormatReport(const Json& report, const Json* without_cache) 
       }
       line("in all", fmt::format("{}, {} per generated token", FormatBytes(moved),
                                  FormatBytes(number("bytes_per_generated_token"))));
-      line("bf16 without sharing", FormatBytes(number("baseline_bytes")));
+      if (number("sliding_bytes_not_fetched") > 0) {
+        line("sliding layers", fmt::format("{} not fetched because no token will attend them",
+                                           FormatBytes(number("sliding_bytes_not_fetched"))));
+      }
+      line("bf16 without sharing",
+           fmt::format("{}, of all layers", FormatBytes(number("baseline_bytes"))));
       line("ratio", fmt::format("{:.1f} times fewer bytes", number("traffic_ratio")));
       line("stored", fmt::format("{} in {:.0f} blocks, each used {:.1f} times",
                                  FormatBytes(number("stored_bytes")), number("stored_blocks"),

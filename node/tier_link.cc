@@ -22,20 +22,12 @@ kernels::SegmentKind KindOf(const ManifestRow& row) {
   return static_cast<kernels::SegmentKind>(row.kind);
 }
 
-Selection SelectionOf(const Cuts& cuts) {
-  Selection selection;
-  selection.cuts[static_cast<size_t>(Part::kKeys)] = static_cast<uint8_t>(cuts.keys);
-  // A block has values or latents, never both.
-  selection.cuts[static_cast<size_t>(Part::kValues)] = static_cast<uint8_t>(cuts.values);
-  selection.cuts[static_cast<size_t>(Part::kState)] = static_cast<uint8_t>(cuts.values);
-  return selection;
-}
-
 }  // namespace
 
 // What is known of one operation of the client until it is done.
 struct TierLink::Operation {
   enum class Kind : uint8_t { kLookup, kFetch, kPut };
+  // Of a block, the rows of one selection. Few blocks have two.
   struct Item {
     CachedBlockPtr block;
     uint64_t run = 0;
@@ -50,7 +42,8 @@ struct TierLink::Operation {
   LookupDone lookup_done;
   FetchDone fetch_done;
   PutDone put_done;
-  std::optional<Status> outcome;  // of a put that ended before it was sealed
+  std::optional<Status> outcome;       // of a put that ended before it was sealed
+  std::vector<CachedBlockPtr> blocks;  // of a fetch
   std::vector<Item> items;
   uint64_t arrived_bytes = 0;  // of a fetch; of a put, computed and not yet announced
   int next_layer = 0;          // of a put: the first that was not announced
@@ -102,17 +95,20 @@ void TierLink::Lookup(std::span<const BlockKey> chain, LookupDone done) {
   operations_[op] = std::move(operation);
 }
 
-size_t TierLink::MaxFetchBlocks(const Cuts& cuts) const {
-  const uint64_t arena = arena_bytes_;
-  const uint64_t fit = arena / kArenaShare / std::max<uint64_t>(block_class_->BytesOf(cuts), 1);
-  return std::clamp<uint64_t>(fit, 1, kFetchBlocks);
+bool TierLink::FetchTakes(size_t blocks, uint64_t bytes) const {
+  return blocks <= 1 || (blocks <= kFetchBlocks && bytes <= arena_bytes_ / kArenaShare);
+}
+
+uint64_t TierLink::MissingBytes(const CachedBlock& block) const {
+  return block_class_->BytesOf(block.portion) -
+         (block.copied ? block_class_->BytesOf(*block.copied) : 0);
 }
 
 bool TierLink::Fetch(std::vector<CachedBlockPtr> blocks, std::span<const uint64_t> runs,
                      FetchDone done) {
   KV_CHECK(!blocks.empty() && blocks.size() == runs.size());
   uint64_t total = 0;
-  for (const CachedBlockPtr& block : blocks) total += block->bytes.size();
+  for (const CachedBlockPtr& block : blocks) total += MissingBytes(*block);
   const Result<std::shared_ptr<Lease>> buffer = connection_->Lend(total);
   if (!buffer.ok()) return false;
 
@@ -127,12 +123,18 @@ bool TierLink::Fetch(std::vector<CachedBlockPtr> blocks, std::span<const uint64_
   request.deadline = now + timeout_;
   uint64_t offset = 0;
   for (size_t i = 0; i < blocks.size(); ++i) {
-    Operation::Item item{blocks[i], runs[i], offset, SelectionOf(blocks[i]->cuts), false, {}};
-    request.items.push_back(
-        {blocks[i]->key, runs[i], item.selection, offset, blocks[i]->bytes.size()});
-    offset += blocks[i]->bytes.size();
-    operation->items.push_back(std::move(item));
+    const std::optional<Portion>& copied = blocks[i]->copied;
+    std::vector<Selection> missing =
+        block_class_->Missing(copied ? &*copied : nullptr, blocks[i]->portion);
+    KV_CHECK(!missing.empty());
+    for (Selection& selection : missing) {
+      const uint64_t bytes = block_class_->SelectedBytes(selection);
+      request.items.push_back({blocks[i]->key, runs[i], selection, offset, bytes});
+      operation->items.push_back({blocks[i], runs[i], offset, std::move(selection), false, {}});
+      offset += bytes;
+    }
   }
+  operation->blocks = std::move(blocks);
   operations_[connection_->client().Fetch(std::move(request), now)] = std::move(operation);
   return true;
 }
@@ -209,6 +211,29 @@ void TierLink::FailBlock(const CachedBlockPtr& block, const Status& status) {
   spdlog::info("block {} was not fetched: {}", block->key.ShortHex(), status.ToString());
 }
 
+Status TierLink::AcceptCopied(CachedBlock* block, const BlockManifest& manifest) const {
+  if (!block->copied) return OkStatus();
+  const Portion& copied = *block->copied;
+  const kernels::PayloadLayout& copied_layout = block_class_->layout(copied.scope);
+  const kernels::PayloadLayout& layout = block_class_->layout(block->portion.scope);
+  for (size_t i = 0; i < manifest.rows.size(); ++i) {
+    const ManifestRow& row = manifest.rows[i];
+    if (row.cut >= copied.cuts.Of(KindOf(row)) || !copied_layout.Holds(row.layer)) continue;
+    const uint64_t offset = layout.Row(KindOf(row), row.cut, row.layer).offset;
+    if (VerifyRange(manifest, i, std::span(block->bytes).subspan(offset, row.length)).ok())
+      continue;
+    return Unavailable(
+        "the tier's copy of layer {} is not the one of which a part was here: it was evicted and "
+        "put again by a node with other kernels",
+        row.layer);
+  }
+  if (!copied.cuts.Covers(block->portion.cuts)) return OkStatus();
+  for (int layer = 0; layer < layout.layers(); ++layer) {
+    if (copied_layout.Holds(layer)) block->MarkReady(layer);
+  }
+  return OkStatus();
+}
+
 void TierLink::OnLayer(Operation* operation, const ClientEvent& event) {
   Operation::Item& item = operation->items[event.item];
   CachedBlock& block = *item.block;
@@ -222,15 +247,18 @@ void TierLink::OnLayer(Operation* operation, const ClientEvent& event) {
   if (!item.checked) {
     const Status status = block_class_->CheckManifest(block.key, manifest);
     if (!status.ok()) return fail(status);
+    const Status copied = AcceptCopied(&block, manifest);
+    if (!copied.ok()) return FailBlock(item.block, copied);
     item.rows = SelectRows(manifest, item.selection);
     item.checked = true;
   }
+  const kernels::PayloadLayout& layout = block_class_->layout(block.portion.scope);
   const std::byte* packed = operation->buffer->bytes().data() + item.offset;
   // Copied first and verified where it will be read, so that nothing can change in between.
   for (const SelectedRow& selected : item.rows) {
     const ManifestRow& row = manifest.rows[selected.row];
     if (row.layer != event.layer) continue;
-    const uint64_t offset = block_class_->layout().Row(KindOf(row), row.cut, row.layer).offset;
+    const uint64_t offset = layout.Row(KindOf(row), row.cut, row.layer).offset;
     const std::span<std::byte> to = std::span(block.bytes).subspan(offset, row.length);
     std::memcpy(to.data(), packed + selected.packed_offset, row.length);
     const Status status = VerifyRange(manifest, selected.row, to);
@@ -238,7 +266,7 @@ void TierLink::OnLayer(Operation* operation, const ClientEvent& event) {
     stats_.fetched_bytes += row.length;
     operation->arrived_bytes += row.length;
   }
-  const Status status = block_class_->CheckLayer(event.layer, block.cuts, block.bytes);
+  const Status status = block_class_->CheckLayer(event.layer, block.portion, block.bytes);
   if (!status.ok()) return fail(status);
   block.MarkReady(event.layer);
 }
@@ -261,16 +289,16 @@ void TierLink::OnEvent(const ClientEvent& event) {
       return;
     case ClientEvent::Kind::kItemDone: {
       const CachedBlockPtr& block = operation->items[event.item].block;
-      if (block->complete()) {
-        ++stats_.fetched_blocks;
-      } else if (block->failed.ok()) {
-        block->absent = event.status.ok() && !event.present;
-        FailBlock(block, event.status.ok() ? Unavailable("the tier does not have it (any more)")
-                                           : event.status);
-      }
+      if (event.status.ok() && event.present) return;
+      if (block->failed.ok()) block->absent = event.status.ok();
+      FailBlock(block, event.status.ok() ? Unavailable("the tier does not have it (any more)")
+                                         : event.status);
       return;
     }
     case ClientEvent::Kind::kFetchDone: {
+      for (const CachedBlockPtr& block : operation->blocks) {
+        stats_.fetched_blocks += block->complete() ? 1 : 0;
+      }
       if (event.status.ok() && operation->arrived_bytes != 0) {
         planner_->SawFetch(operation->arrived_bytes, took);
       }

@@ -59,11 +59,14 @@ class TierLink {
 
   // REQUIRES: chain starts at a chain's block whose index is a multiple of kRunBlocks.
   void Lookup(std::span<const BlockKey> chain, LookupDone done);
-  // Fills `blocks` (new ones, each with the cuts it wants); runs[i] is the run of blocks[i].
-  // False: no buffer free now, try again after a Poll.
+  // Fills `blocks` (new ones): moves what of their portions was not copied into them, and nothing
+  // else. runs[i] is the run of blocks[i]. False: no buffer free now, try again after a Poll.
+  // REQUIRES: each block lacks something.
   bool Fetch(std::vector<CachedBlockPtr> blocks, std::span<const uint64_t> runs, FetchDone done);
-  // Most blocks of these cuts that one Fetch takes.
-  size_t MaxFetchBlocks(const Cuts& cuts) const;
+  // Whether one Fetch should take so many blocks that lack so many bytes together.
+  bool FetchTakes(size_t blocks, uint64_t bytes) const;
+  // What a block was made without.
+  uint64_t MissingBytes(const CachedBlock& block) const;
 
   // Starts to publish a block. 0: no buffer free now.
   PutId BeginPut(const BlockKey& key, const BlockKey& parent, uint64_t run);
@@ -84,6 +87,9 @@ class TierLink {
   struct Operation;
   void OnEvent(const ClientEvent& event);
   void OnLayer(Operation* operation, const ClientEvent& event);
+  // That what was copied into the block is what the manifest describes; its layers that lack
+  // nothing are ready then. kUnavailable: the tier's copy was written by somebody else.
+  Status AcceptCopied(CachedBlock* block, const BlockManifest& manifest) const;
   void FailBlock(const CachedBlockPtr& block, const Status& status);
 
   std::unique_ptr<CacheConnection> connection_;

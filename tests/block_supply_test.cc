@@ -6,18 +6,22 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "cache_service/shard_server.h"
 #include "node/block_class.h"
+#include "node/scheduler.h"
 #include "tests/support/node_world.h"
 #include "tests/support/random_requests.h"
 
 namespace kvant::node {
 namespace {
 
+using support::kTinyContext;
 using support::NodeWorld;
 using support::NodeWorldOptions;
 using testing::HasSubstr;
@@ -45,11 +49,12 @@ class WatchedShard {
     std::unique_ptr<Transport> transport;
     std::unique_ptr<NodeRuntime> node;
   };
-  Node Connect(const std::string& codec, uint64_t local_cache_bytes) {
+  Node Connect(const std::string& codec, uint64_t local_cache_bytes,
+               const std::filesystem::path& model = support::TinyModel()) {
     Node made;
     made.transport = hub_.MakeTransport();
     NodeOptions options = NodeWorldOptions().node;
-    options.model = support::TinyModel();
+    options.model = model;
     options.codec = codec;
     options.local_cache_bytes = local_cache_bytes;
     made.node = *NodeRuntime::Create(options);
@@ -161,8 +166,8 @@ TEST(Wires, MoveFewerBytesTheFewerBitsTheyRead) {
   EXPECT_THAT(unknown.status().message(), testing::AllOf(HasSubstr("k2v2"), HasSubstr("k8v4")));
 }
 
-// A node that chose few bits for a fetch, then more: what it holds is fetched again, and what it
-// attends never depends on where a block came from.
+// A node that chose few bits for a fetch, then more: the rest of what it holds is fetched, and what
+// it attends never depends on where a block came from.
 TEST(Wires, AutoRaisesWhatIsInMemory) {
   WatchedShard shard;
   WatchedShard::Node writer = shard.Connect("tile8", uint64_t{8} << 20);
@@ -177,6 +182,278 @@ TEST(Wires, AutoRaisesWhatIsInMemory) {
   EXPECT_EQ(reader.node->supply().stats().computed_blocks, 0u);
   for (size_t i = 0; i < kBlocks; ++i) {
     EXPECT_EQ(high->blocks[i]->bytes, written->blocks[i]->bytes);
+  }
+  EXPECT_EQ(reader.node->tier()->stats().fetched_bytes,
+            kBlocks * reader.node->block_class().payload_bytes())
+      << "no byte was moved twice";
+}
+
+// The sliding model has four layers of one size, of which all but layer 2 see 100 tokens: from a
+// position 64 n, of blocks n - 1 and n - 2 something.
+class Sliding : public testing::TestWithParam<const char*> {
+ protected:
+  Sliding() : writer_(Connect(uint64_t{8} << 20)) {}
+
+  WatchedShard::Node Connect(uint64_t local_cache_bytes) {
+    return shard_.Connect(GetParam(), local_cache_bytes, support::SlidingModel());
+  }
+  // Bytes of one layer of one block.
+  uint64_t LayerBytes(const Cuts& cuts) const {
+    return writer_.node->block_class().BytesOf(cuts) / 4;
+  }
+  // That a block holds exactly these rows of the whole one.
+  void ExpectRows(const CachedBlock& block, const Portion& portion, const CachedBlock& whole) {
+    const BlockClass& blocks = writer_.node->block_class();
+    ASSERT_EQ(block.portion, portion);
+    ASSERT_TRUE(block.complete());
+    ASSERT_EQ(block.bytes.size(), blocks.BytesOf(portion));
+    size_t at = 0;
+    for (const kernels::PayloadRow& row : blocks.layout().rows()) {
+      if (portion.scope == Scope::kGlobal && row.layer != 2) continue;
+      if (row.cut >= portion.cuts.Of(row.kind)) continue;
+      const auto from = whole.bytes.begin() + static_cast<ptrdiff_t>(row.offset);
+      EXPECT_TRUE(std::equal(from, from + static_cast<ptrdiff_t>(row.length),
+                             block.bytes.begin() + static_cast<ptrdiff_t>(at)));
+      at += row.length;
+    }
+    EXPECT_EQ(at, block.bytes.size());
+  }
+
+  WatchedShard shard_;
+  WatchedShard::Node writer_;
+};
+INSTANTIATE_TEST_SUITE_P(Codecs, Sliding, testing::Values("raw", "tile8", "tile4"),
+                         [](const auto& codec) { return std::string(codec.param); });
+
+TEST_P(Sliding, OnlyWhatWillBeAttendedIsFetched) {
+  const SupplyJobPtr written = Supply(*writer_.node, Wire::kFull);
+  for (const Wire wire : {Wire::kK4V4, Wire::kK8V4, Wire::kFull}) {
+    SCOPED_TRACE(WireName(wire));
+    WatchedShard::Node reader = Connect(0);
+    const Cuts cuts = reader.node->block_class().CutsOf(wire);
+    const uint64_t served = shard_.stats().payload_bytes_served;
+    const SupplyJobPtr read = Supply(*reader.node, wire);
+    EXPECT_EQ(reader.node->supply().stats().computed_blocks, 0u);
+    for (size_t i = 0; i < kBlocks; ++i) {
+      ExpectRows(*read->blocks[i], {cuts, i < 3 ? Scope::kGlobal : Scope::kAll},
+                 *written->blocks[i]);
+    }
+    // One layer of three blocks, and all four of two.
+    EXPECT_EQ(reader.node->tier()->stats().fetched_bytes, 11 * LayerBytes(cuts));
+    EXPECT_EQ(reader.node->tier()->stats().fetched_blocks, kBlocks);
+    EXPECT_EQ(reader.transport->counters().payload_bytes_received, 11 * LayerBytes(cuts));
+    EXPECT_EQ(shard_.stats().payload_bytes_served - served, 11 * LayerBytes(cuts));
+    EXPECT_EQ(reader.node->supply().stats().sliding_bytes_skipped, 9 * LayerBytes(cuts));
+    EXPECT_EQ(reader.node->supply().stats().sliding_bytes_fetched_later, 0u);
+  }
+}
+
+TEST_P(Sliding, AShorterPrefixFetchesTheLayersThatItAttends) {
+  const SupplyJobPtr written = Supply(*writer_.node, Wire::kFull);
+  WatchedShard::Node reader = Connect(uint64_t{8} << 20);
+  const Cuts cuts = reader.node->block_class().FullCuts();
+  static_cast<void>(Supply(*reader.node, Wire::kFull));
+  const TierStats& stats = reader.node->tier()->stats();
+  EXPECT_EQ(stats.fetched_bytes, 11 * LayerBytes(cuts));
+  // Blocks 1 and 2 lie in the window now, and only their sliding layers are not here.
+  const SupplyJobPtr shorter = Supply(*reader.node, Wire::kFull, 3);
+  EXPECT_EQ(shorter->local_hits, 1u);
+  EXPECT_EQ(shorter->tier_hits, 2u);
+  EXPECT_EQ(stats.fetched_bytes, (11 + 6) * LayerBytes(cuts));
+  for (size_t i = 0; i < 3; ++i) {
+    ExpectRows(*shorter->blocks[i], {cuts, i < 1 ? Scope::kGlobal : Scope::kAll},
+               *written->blocks[i]);
+  }
+  // And now every window up to the end is here.
+  for (size_t blocks = 3; blocks <= kBlocks; ++blocks) {
+    EXPECT_EQ(Supply(*reader.node, Wire::kFull, blocks)->local_hits, blocks);
+  }
+  EXPECT_EQ(stats.fetched_bytes, (11 + 6) * LayerBytes(cuts));
+  EXPECT_EQ(reader.node->supply().stats().sliding_bytes_skipped, 9 * LayerBytes(cuts));
+  EXPECT_EQ(reader.node->supply().stats().sliding_bytes_fetched_later, 6 * LayerBytes(cuts));
+  EXPECT_EQ(reader.node->supply().stats().computed_blocks, 0u);
+  EXPECT_EQ(reader.node->cache().bytes(), (11 + 6) * LayerBytes(cuts));
+}
+
+TEST_P(Sliding, MoreLayersAndMoreCutsTogetherMoveWhatIsMissing) {
+  const SupplyJobPtr written = Supply(*writer_.node, Wire::kFull);
+  WatchedShard::Node reader = Connect(uint64_t{8} << 20);
+  const BlockClass& blocks = reader.node->block_class();
+  const Cuts low = blocks.CutsOf(Wire::kK4V4);
+  const Cuts full = blocks.FullCuts();
+  static_cast<void>(Supply(*reader.node, Wire::kK4V4));
+  const SupplyJobPtr shorter = Supply(*reader.node, Wire::kFull, 3);
+  for (size_t i = 0; i < 3; ++i) {
+    ExpectRows(*shorter->blocks[i], {full, i < 1 ? Scope::kGlobal : Scope::kAll},
+               *written->blocks[i]);
+  }
+  // Of three blocks one layer of low bits was here.
+  EXPECT_EQ(reader.node->tier()->stats().fetched_bytes,
+            11 * LayerBytes(low) + 9 * LayerBytes(full) - 3 * LayerBytes(low));
+}
+
+TEST_P(Sliding, WhatIsComputedSeesWhatItAttends) {
+  const SupplyJobPtr written = Supply(*writer_.node, Wire::kFull, 3);
+  WatchedShard::Node reader = Connect(0);
+  const Cuts full = reader.node->block_class().FullCuts();
+  const SupplyJobPtr read = Supply(*reader.node, Wire::kK4V4);
+  EXPECT_EQ(reader.node->supply().stats().computed_blocks, 2u);
+  // Block 3 is computed over all of blocks 1 and 2, and over the global layer of block 0.
+  for (size_t i = 0; i < 3; ++i) {
+    ExpectRows(*read->blocks[i], {full, i < 1 ? Scope::kGlobal : Scope::kAll}, *written->blocks[i]);
+  }
+  EXPECT_EQ(reader.node->tier()->stats().fetched_bytes, 9 * LayerBytes(full));
+  NodeWorldOptions options;
+  options.node.model = support::SlidingModel();
+  options.node.codec = GetParam();
+  options.shard_bytes = 4 << 20;
+  NodeWorld alone(options);
+  const SupplyJobPtr computed = Supply(alone.node(), Wire::kFull);
+  for (size_t i = 3; i < kBlocks; ++i) {
+    EXPECT_EQ(read->blocks[i]->bytes, computed->blocks[i]->bytes) << "what is put is whole";
+  }
+}
+
+// A block that was evicted from the tier and put again by a node whose kernels give other bits: the
+// two are never mixed.
+TEST_P(Sliding, APartOfAnotherWritingIsNotBuiltUpon) {
+  const SupplyJobPtr written = Supply(*writer_.node, Wire::kFull);
+  WatchedShard::Node reader = Connect(uint64_t{8} << 20);
+  const SupplyJobPtr first = Supply(*reader.node, Wire::kFull);
+  first->blocks[1]->bytes.front() ^= std::byte{1};
+  const SupplyJobPtr shorter = Supply(*reader.node, Wire::kFull, 3);
+  EXPECT_EQ(reader.node->supply().stats().computed_blocks, 1u);
+  EXPECT_EQ(shorter->blocks[1]->bytes, written->blocks[1]->bytes);
+  EXPECT_EQ(reader.node->tier()->stats().data_loss, 0u) << "the tier's bytes are right";
+}
+
+// The resume point moves down, and up again: answers are those of a node that computes everything.
+TEST_P(Sliding, AnswersDoNotDependOnWhatWasLeftInTheTier) {
+  static_cast<void>(Supply(*writer_.node, Wire::kFull));
+  std::vector<Request> requests;
+  const std::vector<int32_t> tokens = Tokens();
+  for (const size_t length : {329, 200, 260, 140, 329}) {
+    Request request;
+    request.custom_id = std::to_string(requests.size());
+    request.prompt_tokens.assign(tokens.begin(), tokens.begin() + static_cast<ptrdiff_t>(length));
+    request.max_tokens = 70;
+    requests.push_back(std::move(request));
+  }
+  NodeWorldOptions alone;
+  alone.node.model = support::SlidingModel();
+  alone.node.codec = GetParam();
+  const std::vector<Answer> expected = NodeWorld(alone).Answer(requests);
+
+  WatchedShard::Node reader = Connect(uint64_t{8} << 20);
+  NodeRuntime& node = *reader.node;
+  SchedulerOptions scheduling = node.MakeSchedulerOptions();
+  scheduling.max_batch = 1;
+  Scheduler scheduler(&node.block_class(), &node.supply(), node.tier(), nullptr, &node.decoder(),
+                      &node.clock(), &node.domains(), scheduling);
+  for (const Request& request : requests) scheduler.Submit(request);
+  const TimePoint deadline = SteadyClock().Now() + std::chrono::seconds(60);
+  while (!scheduler.idle() && SteadyClock().Now() < deadline) scheduler.Step();
+  const std::vector<Answer> answers = scheduler.TakeAnswers();
+  node.Drain();
+  EXPECT_EQ(support::TextsOf(answers), support::TextsOf(expected));
+  EXPECT_EQ(node.supply().stats().computed_blocks, 0u);
+  // In the end every block was near an end: nothing was saved, and nothing was moved twice.
+  EXPECT_GT(node.supply().stats().sliding_bytes_fetched_later, 0u);
+  EXPECT_EQ(node.supply().stats().sliding_bytes_fetched_later,
+            node.supply().stats().sliding_bytes_skipped);
+  EXPECT_EQ(node.tier()->stats().fetched_bytes, kBlocks * node.block_class().payload_bytes());
+}
+
+TEST(AllSliding, OfBlocksBeforeTheWindowNothingIsMoved) {
+  WatchedShard shard;
+  WatchedShard::Node writer = shard.Connect("tile8", uint64_t{8} << 20, support::AllSlidingModel());
+  const SupplyJobPtr written = Supply(*writer.node, Wire::kFull);
+  WatchedShard::Node reader = shard.Connect("tile8", uint64_t{8} << 20, support::AllSlidingModel());
+  const SupplyJobPtr read = Supply(*reader.node, Wire::kFull);
+  const uint64_t payload = reader.node->block_class().payload_bytes();
+  for (size_t i = 0; i < kBlocks; ++i) {
+    if (i < 3) {
+      EXPECT_TRUE(read->blocks[i]->bytes.empty());
+    } else {
+      EXPECT_EQ(read->blocks[i]->bytes, written->blocks[i]->bytes);
+    }
+  }
+  EXPECT_EQ(reader.node->tier()->stats().fetched_bytes, 2 * payload);
+  EXPECT_EQ(reader.node->supply().stats().sliding_bytes_skipped, 3 * payload);
+  EXPECT_EQ(reader.node->supply().stats().computed_blocks, 0u);
+}
+
+// Against the model's own word for each layer and position.
+TEST(Scopes, AreWhatTheLayersSee) {
+  for (const auto& path : {support::TinyModel(), support::SlidingModel()}) {
+    NodeWorldOptions options;
+    options.node.model = path;
+    NodeWorld world(options);
+    const BlockClass& blocks = world.node().block_class();
+    const ModelConfig& config = blocks.model().config();
+    for (size_t block = 0; block < 6; ++block) {
+      for (size_t position = (block + 1) * 64; position < kTinyContext; ++position) {
+        bool all = true;
+        bool windowless = true;
+        for (int layer = 0; layer < config.layers; ++layer) {
+          const int last = static_cast<int>(block) * 64 + 63;
+          const bool sees = last >= config.FirstVisible(layer, static_cast<int>(position));
+          all = all && sees;
+          windowless = windowless && (config.Window(layer) != 0 || sees);
+        }
+        EXPECT_TRUE(windowless);
+        ASSERT_EQ(blocks.ScopeAttended(block, position), all ? Scope::kAll : Scope::kGlobal)
+            << block << " from " << position;
+      }
+    }
+  }
+}
+
+// Every portion out of every other: the rows of what is held and of what is missing, once each.
+TEST(Portions, WhatIsHeldAndWhatIsMissingAreWhatIsWanted) {
+  for (const char* codec : {"raw", "tile8", "tile4"}) {
+    NodeWorldOptions options;
+    options.node.model = support::SlidingModel();
+    options.node.codec = codec;
+    NodeWorld world(options);
+    const BlockClass& blocks = world.node().block_class();
+    std::vector<Portion> portions;
+    for (int keys = 1; keys <= blocks.FullCuts().keys; ++keys) {
+      for (int values = 1; values <= blocks.FullCuts().values; ++values) {
+        for (const Scope scope : {Scope::kGlobal, Scope::kAll}) {
+          portions.push_back({{keys, values}, scope});
+        }
+      }
+    }
+    for (const Portion& wanted : portions) {
+      for (size_t i = 0; i <= portions.size(); ++i) {
+        const Portion* held = i < portions.size() ? &portions[i] : nullptr;
+        const std::vector<Selection> missing = blocks.Missing(held, wanted);
+        uint64_t bytes = 0;
+        for (const Selection& selection : missing) {
+          ASSERT_TRUE(selection.Validate().ok());
+          bytes += blocks.SelectedBytes(selection);
+        }
+        const uint64_t have = held == nullptr ? 0 : blocks.BytesOf(held->Meet(wanted));
+        EXPECT_EQ(bytes, blocks.BytesOf(wanted) - have);
+        EXPECT_EQ(missing.empty(), held != nullptr && held->Covers(wanted));
+        for (const kernels::PayloadRow& row : blocks.layout().rows()) {
+          const auto has = [&](const Portion& portion) {
+            return row.cut < portion.cuts.Of(row.kind) &&
+                   blocks.layout(portion.scope).Holds(row.layer);
+          };
+          const bool lacks = has(wanted) && !(held != nullptr && has(*held));
+          const auto part = static_cast<uint8_t>(
+              row.kind == kernels::SegmentKind::kKey ? Part::kKeys : Part::kValues);
+          const auto takes =
+              std::count_if(missing.begin(), missing.end(), [&](const Selection& selection) {
+                return selection.Takes(part, static_cast<uint8_t>(row.cut),
+                                       static_cast<uint16_t>(row.layer));
+              });
+          EXPECT_EQ(takes, lacks ? 1 : 0);
+        }
+      }
+    }
   }
 }
 

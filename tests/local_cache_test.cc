@@ -13,17 +13,30 @@
 namespace kvant::node {
 namespace {
 
+support::NodeWorldOptions Options(const std::filesystem::path& model) {
+  support::NodeWorldOptions options;
+  options.node.model = model;
+  return options;
+}
+
 class LocalCacheTest : public testing::Test {
  protected:
-  LocalCacheTest() : world_(support::NodeWorldOptions()), blocks_(world_.node().block_class()) {
+  explicit LocalCacheTest(const std::filesystem::path& model = support::TinyModel())
+      : world_(Options(model)), blocks_(world_.node().block_class()) {
     std::vector<int32_t> tokens(64 * 16);
     for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>(i % 200);
     keys_ = blocks_.Keys(tokens, "tenant/");
   }
-  CachedBlockPtr Block(size_t index, const Cuts& cuts) {
-    auto block = std::make_shared<CachedBlock>(blocks_, keys_[index], cuts);
-    for (int layer = 0; layer < blocks_.layout().layers(); ++layer) block->MarkReady(layer);
+  CachedBlockPtr Block(size_t index, const Portion& portion) {
+    auto block = std::make_shared<CachedBlock>(blocks_, keys_[index], portion);
+    Complete(block.get());
     return block;
+  }
+  void Complete(CachedBlock* block) const {
+    const kernels::PayloadLayout& layout = blocks_.layout(block->portion.scope);
+    for (int layer = 0; layer < layout.layers(); ++layer) {
+      if (layout.Holds(layer)) block->MarkReady(layer);
+    }
   }
   CachedBlockPtr Block(size_t index) { return Block(index, blocks_.FullCuts()); }
   bool Holds(LocalCache* cache, size_t index) {
@@ -91,6 +104,82 @@ TEST_F(LocalCacheTest, WithoutALimitNothingIsFound) {
   cache.Insert(Block(0));
   EXPECT_FALSE(Holds(&cache, 0));
   EXPECT_EQ(cache.bytes(), 0u);
+}
+
+class SlidingCacheTest : public LocalCacheTest {
+ protected:
+  SlidingCacheTest() : LocalCacheTest(support::SlidingModel()) {}
+};
+
+TEST_F(SlidingCacheTest, ABlockOfFewerLayersIsNotEnough) {
+  LocalCache cache(&blocks_, 4 * size());
+  const Portion global(blocks_.FullCuts(), Scope::kGlobal);
+  cache.Insert(Block(0, global));
+  EXPECT_EQ(cache.bytes() * 4, size()) << "one layer of four is kept, and nothing for the others";
+  EXPECT_NE(cache.Find(keys_[0], global), nullptr);
+  EXPECT_FALSE(Holds(&cache, 0));
+  EXPECT_EQ(cache.Newest(keys_[0])->portion, global);
+  cache.Insert(Block(0));
+  EXPECT_TRUE(Holds(&cache, 0));
+  EXPECT_NE(cache.Find(keys_[0], global), nullptr) << "and serves who wants less";
+  EXPECT_EQ(cache.bytes(), size());
+}
+
+TEST_F(SlidingCacheTest, WhatIsHereServesUntilMoreOfItIs) {
+  LocalCache cache(&blocks_, 4 * size());
+  const Portion global(blocks_.FullCuts(), Scope::kGlobal);
+  const CachedBlockPtr here = Block(0, global);
+  cache.Insert(here);
+  for (const bool fails : {true, false}) {
+    auto whole = std::make_shared<CachedBlock>(blocks_, *here, blocks_.FullCuts());
+    cache.Insert(whole);
+    EXPECT_EQ(cache.bytes() * 4, 5 * size()) << "both count";
+    EXPECT_EQ(cache.Find(keys_[0], global), here);
+    EXPECT_EQ(cache.Find(keys_[0], blocks_.FullCuts()), whole) << "on its way";
+    if (fails) {
+      whole->failed = Unavailable("the shard is gone");
+      EXPECT_FALSE(Holds(&cache, 0));
+      EXPECT_EQ(cache.Find(keys_[0], global), here) << "what was here still is";
+      EXPECT_EQ(cache.bytes() * 4, size());
+    } else {
+      Complete(whole.get());
+      EXPECT_EQ(cache.Find(keys_[0], global), whole);
+      EXPECT_EQ(cache.bytes(), size());
+    }
+  }
+}
+
+TEST_F(SlidingCacheTest, ACopyHasWhatBothHave) {
+  const Cuts least = blocks_.CutsOf(Wire::kK4V4);
+  const Portion global(blocks_.FullCuts(), Scope::kGlobal);
+  auto whole = Block(0);
+  for (size_t i = 0; i < whole->bytes.size(); ++i) whole->bytes[i] = std::byte(i * 7 % 251);
+  const CachedBlock some(blocks_, *whole, global);
+  EXPECT_EQ(*some.copied, global);
+  EXPECT_FALSE(some.complete()) << "until the rest was verified together with it";
+  const kernels::PayloadLayout& layout = blocks_.layout();
+  for (const kernels::PayloadRow& row : blocks_.layout(Scope::kGlobal).rows()) {
+    const auto from = whole->bytes.begin() +
+                      static_cast<ptrdiff_t>(layout.Row(row.kind, row.cut, row.layer).offset);
+    EXPECT_TRUE(std::equal(from, from + static_cast<ptrdiff_t>(row.length),
+                           some.bytes.begin() + static_cast<ptrdiff_t>(row.offset)));
+  }
+  auto complete = Block(0, global);
+  const CachedBlock low(blocks_, *complete, least);
+  EXPECT_EQ(*low.copied, Portion(least, Scope::kGlobal));
+}
+
+TEST_F(SlidingCacheTest, ABlockWithoutBytesIsNotKept) {
+  const support::NodeWorldOptions options = Options(support::AllSlidingModel());
+  support::NodeWorld world(options);
+  const BlockClass& blocks = world.node().block_class();
+  LocalCache cache(&blocks, 1 << 20);
+  const Portion nothing(blocks.FullCuts(), Scope::kGlobal);
+  EXPECT_EQ(blocks.BytesOf(nothing), 0u);
+  auto block = std::make_shared<CachedBlock>(blocks, keys_[0], nothing);
+  EXPECT_TRUE(block->complete());
+  cache.Insert(block);
+  EXPECT_EQ(cache.Find(keys_[0], nothing), nullptr);
 }
 
 // Against a list: the order, the bytes and the limit after every step of a random walk.

@@ -99,7 +99,8 @@ TEST(Planner, AutoReadsTheMostThatComesInTime) {
         1'000'000,
         microseconds(100) + std::chrono::duration_cast<Duration>(
                                 std::chrono::duration<double>(1e6 * 0.0499 / bytes_in_budget)));
-    return fresh.ChooseCuts(blocks, Wire::kAuto, 10);
+    return fresh.ChooseCuts(blocks, Wire::kAuto,
+                            [&](const Cuts& cuts) { return 10 * blocks.BytesOf(cuts); });
   };
   const auto bytes = [&](const Cuts& cuts) {
     return 10.0 * static_cast<double>(blocks.BytesOf(cuts));
@@ -110,7 +111,8 @@ TEST(Planner, AutoReadsTheMostThatComesInTime) {
   EXPECT_EQ(link(bytes(mixed) * 0.99), least);
   EXPECT_EQ(link(1.0), least) << "nothing comes in time: as little as there is";
   // A wire that was asked for is not a matter of speed.
-  EXPECT_EQ(planner.ChooseCuts(blocks, Wire::kFull, 1'000'000), full);
+  const auto endless = [](const Cuts&) { return kMaxPayloadBytes; };
+  EXPECT_EQ(planner.ChooseCuts(blocks, Wire::kFull, endless), full);
 }
 
 }  // namespace

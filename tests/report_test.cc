@@ -117,6 +117,21 @@ TEST_F(ReportTest, IsAPageThatAPersonReads) {
   EXPECT_EQ(FormatBytes(12), "12 B");
 }
 
+TEST_F(ReportTest, SaysWhatSlidingLayersSaved) {
+  EXPECT_EQ(Merge().at("sliding_bytes_not_fetched"), 0);
+  EXPECT_THAT(*FormatReport(Merge(), nullptr), testing::Not(HasSubstr("sliding layers")));
+  ranks_[1]["supply"]["sliding_bytes_skipped"] = 3 << 20;
+  ranks_[2]["supply"]["sliding_bytes_skipped"] = 2 << 20;
+  ranks_[2]["supply"]["sliding_bytes_fetched_later"] = 1 << 20;
+  const json report = Merge();
+  EXPECT_EQ(report.at("sliding_bytes_not_fetched"), 4 << 20);
+  EXPECT_EQ(report.at("baseline_bytes"), Merge().at("baseline_bytes")) << "of all layers, always";
+  const Result<std::string> page = FormatReport(report, nullptr);
+  ASSERT_TRUE(page.ok());
+  EXPECT_THAT(*page, HasSubstr("sliding layers"));
+  EXPECT_THAT(*page, HasSubstr("4.00 MiB not fetched because no token will attend them"));
+}
+
 TEST_F(ReportTest, AFieldThatIsMissingIsNamed) {
   const json report = Merge();
   for (const char* field : {"prompt_tokens", "codec", "links", "ttft_ms_p50"}) {

@@ -15,24 +15,44 @@ namespace {
 
 constexpr Duration kAnswerAll = std::chrono::seconds(120);
 
+std::filesystem::path MakeModel(const std::string& name, const node::ModelConfig& config) {
+  static const TemporaryDirectory directory;
+  RandomModelOptions options;
+  options.config = config;
+  options.config.max_positions = kTinyContext;
+  const std::filesystem::path model = directory.path() / name;
+  KV_CHECK(WriteRandomModel(model, options).ok());
+  return model;
+}
+
+node::ModelConfig AllSlidingConfig() {
+  node::ModelConfig config = TinyConfig();
+  config.architecture = node::Architecture::kMistral;
+  config.sliding_window = kTinyWindow;
+  config.sliding.assign(static_cast<size_t>(config.layers), true);
+  return config;
+}
+
 }  // namespace
 
 const std::filesystem::path& TinyModel() {
-  static const TemporaryDirectory directory;
-  static const std::filesystem::path path = [] {
-    RandomModelOptions options;
-    options.config = TinyConfig();
-    options.config.max_positions = kTinyContext;
-    const std::filesystem::path model = directory.path() / "tiny";
-    KV_CHECK(WriteRandomModel(model, options).ok());
-    return model;
-  }();
+  static const std::filesystem::path path = MakeModel("tiny", TinyConfig());
+  return path;
+}
+
+const std::filesystem::path& SlidingModel() {
+  static const std::filesystem::path path = MakeModel("sliding", TinySlidingConfig());
+  return path;
+}
+
+const std::filesystem::path& AllSlidingModel() {
+  static const std::filesystem::path path = MakeModel("all-sliding", AllSlidingConfig());
   return path;
 }
 
 NodeWorld::NodeWorld(const NodeWorldOptions& options) : options_(options) {
   spdlog::set_level(spdlog::level::err);
-  options_.node.model = TinyModel();
+  if (options_.node.model.empty()) options_.node.model = TinyModel();
   if (options_.shard_bytes == 0) options_.node.local_cache_bytes = 0;
   Result<std::unique_ptr<node::NodeRuntime>> node = node::NodeRuntime::Create(options_.node);
   KV_CHECK(node.ok());

@@ -22,9 +22,14 @@ namespace kvant::support {
 // A model of random weights with a context of kTinyContext tokens, written once a process.
 inline constexpr int kTinyContext = 512;
 const std::filesystem::path& TinyModel();
+// A Gemma-like one of four layers, of which all but the third attend kTinyWindow tokens.
+inline constexpr int kTinyWindow = 100;
+const std::filesystem::path& SlidingModel();
+// A Mistral-like one, whose layers all do.
+const std::filesystem::path& AllSlidingModel();
 
 struct NodeWorldOptions {
-  node::NodeOptions node;              // the model is TinyModel()
+  node::NodeOptions node;              // without a model: TinyModel()
   uint64_t shard_bytes = 0;            // 0: no cache at all, in the node neither
   std::optional<FaultOptions> faults;  // of both ends
   bool store_all_answers = false;
