@@ -77,6 +77,37 @@ TEST_P(Equality, OfBatchesThreadsAndCaches) {
   }
 }
 
+// Layers that see 100 tokens, so that most of a prefix is not fetched.
+TEST_P(Equality, OfModelsWithSlidingLayers) {
+  uint64_t saved = 0;
+  for (const auto& model : {support::SlidingModel(), support::AllSlidingModel()}) {
+    for (const Wire wire : {Wire::kFull, Wire::kK8V4, Wire::kK4V4}) {
+      SCOPED_TRACE(testing::Message() << model << " at " << WireName(wire));
+      const std::vector<Request> requests =
+          RandomRequests({.seed = 20 + static_cast<uint64_t>(wire)});
+      NodeWorldOptions alone = Options(0);
+      alone.node.model = model;
+      alone.node.wire = WireName(wire);
+      alone.node.max_batch = 1;
+      const std::vector<AnswerText> expected = TextsOf(NodeWorld(alone).Answer(requests));
+      for (const uint64_t local_bytes : {uint64_t{0}, uint64_t{300} << 10}) {
+        NodeWorldOptions options = Options(kPlenty);
+        options.node.model = model;
+        options.node.wire = WireName(wire);
+        options.node.local_cache_bytes = local_bytes;
+        options.always_fetch = true;
+        NodeWorld world(options);
+        for (int pass = 0; pass < 2; ++pass) {
+          EXPECT_EQ(TextsOf(world.Answer(requests)), expected)
+              << "pass " << pass << " with " << local_bytes << " bytes in the node";
+        }
+        saved += world.node().supply().stats().sliding_bytes_skipped;
+      }
+    }
+  }
+  EXPECT_GT(saved, 0u);
+}
+
 TEST_P(Equality, UnderConstantEviction) {
   const std::vector<Request> requests = RandomRequests({.seed = 7, .count = 64});
   const std::vector<AnswerText> expected = Reference(GetParam(), requests);

@@ -12,8 +12,12 @@ std::vector<ExpectedRow> ExpectedRows(const BlockManifest& manifest, const Selec
   uint64_t packed = 0;
   for (uint32_t layer = selection.layer_begin; layer < selection.layer_end; ++layer) {
     if (layer >= manifest.LayerEnd()) break;
+    if (!selection.layers.empty() && !selection.layers[layer - selection.layer_begin]) continue;
     for (const ManifestRow& row : manifest.rows) {
-      if (row.layer != layer || row.cut >= selection.cuts[row.part]) continue;
+      if (row.layer != layer || row.cut < selection.first_cuts[row.part] ||
+          row.cut >= selection.cuts[row.part]) {
+        continue;
+      }
       rows.push_back({row.layer, row.offset, packed, row.length});
       packed += row.length;
     }

@@ -207,6 +207,16 @@ Selection SimClient::RandomSelection(const BlockManifest& manifest) {
   if (random_.Chance(0.5)) {
     selection.layer_begin = static_cast<uint16_t>(random_.Below(manifest.LayerEnd()));
     selection.layer_end = static_cast<uint16_t>(selection.layer_begin + 1 + random_.Below(3));
+  } else if (random_.Chance(0.5)) {
+    std::vector<bool> layers(manifest.LayerEnd());
+    layers[random_.Below(layers.size())] = true;
+    for (size_t i = 0; i < layers.size(); ++i) layers[i] = layers[i] || random_.Chance(0.4);
+    selection.SetLayers(layers);
+  }
+  for (size_t part = 0; part < 2; ++part) {
+    if (selection.cuts[part] == 0 || !random_.Chance(0.3)) continue;
+    const uint8_t end = std::min(selection.cuts[part], available[part]);
+    selection.first_cuts[part] = static_cast<uint8_t>(random_.Below(end));
   }
   return selection;
 }
