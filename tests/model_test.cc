@@ -71,7 +71,11 @@ TEST(ParseConfig, ReadsRopeOfOldAndNewFiles) {
   const auto linear = Parse(With("rope_scaling", {{"type", "linear"}, {"factor", 4}}));
   ASSERT_TRUE(linear.ok());
   EXPECT_EQ(linear->rope_scaling.kind, kernels::RopeScaling::Kind::kLinear);
-  EXPECT_EQ(ErrorOf(With("rope_scaling", {{"type", "yarn"}, {"factor", 4}})).code(),
+  const auto yarn = Parse(With("rope_scaling", {{"type", "yarn"}, {"factor", 4}}));
+  ASSERT_TRUE(yarn.ok());
+  EXPECT_EQ(yarn->rope_scaling.kind, kernels::RopeScaling::Kind::kYarn);
+  EXPECT_NEAR(yarn->rope_scaling.attention_factor, 0.1 * std::log(4.0) + 1.0, 1e-12);
+  EXPECT_EQ(ErrorOf(With("rope_scaling", {{"type", "longrope"}, {"factor", 4}})).code(),
             StatusCode::kUnsupported);
 }
 
@@ -95,8 +99,8 @@ TEST(ParseConfig, SaysWhatIsNotSupported) {
   long_rope["head_dim"] = 128;
   for (const json& file :
        {With("architectures", {"MixtralForCausalLM"}), With("hidden_act", "gelu"),
-        With("attention_bias", true), With("mlp_bias", true),
-        With("quantization_config", json::object()), With("head_dim", 12), long_rope}) {
+        With("mlp_bias", true), With("quantization_config", json::object()), With("head_dim", 12),
+        long_rope}) {
     const Status status = ErrorOf(file);
     EXPECT_EQ(status.code(), StatusCode::kUnsupported) << file;
     EXPECT_THAT(status.message(), AllOf(HasSubstr("m/config.json"), HasSubstr("support")));
