@@ -25,7 +25,8 @@ import model as model_module
 # From this progress on: length, and the shares of text, passkey, key-value and copy. Copying comes first, because the
 # heads that recall needs are learned from it soonest.
 STAGES = ((0.0, 256, (0.45, 0.15, 0.15, 0.25)), (0.3, 512, (0.60, 0.15, 0.15, 0.10)),
-          (0.6, 1024, (0.60, 0.15, 0.15, 0.10)), (0.82, 2048, (0.60, 0.15, 0.15, 0.10)))
+          (0.6, 1024, (0.60, 0.15, 0.15, 0.10)), (0.82, 2048, (0.60, 0.15, 0.15, 0.10)),
+          (0.91, 2048, (0.45, 0.35, 0.15, 0.05)))
 DECAY_FROM = 0.65
 BATCH_TOKENS = 4096
 WARMUP_STEPS = 60
