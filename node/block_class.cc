@@ -163,8 +163,8 @@ uint64_t BlockClass::SelectedBytes(const Selection& selection) const {
 
 uint64_t BlockClass::Bf16BytesPerToken() const {
   const kernels::LayerShape state = model_->config().StateShape(1);
-  const int elements = state.keys.kv_heads * state.keys.head_dim +
-                       state.values.kv_heads * state.values.head_dim;
+  const int elements =
+      state.keys.kv_heads * state.keys.head_dim + state.values.kv_heads * state.values.head_dim;
   return uint64_t{2} * static_cast<uint64_t>(model_->config().layers) *
          static_cast<uint64_t>(elements);
 }
