@@ -4,7 +4,6 @@
 #include <cstring>
 #include <fstream>
 #include <limits>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -15,28 +14,71 @@ using nlohmann::json;
 
 // What any file that is read here needs, with room to spare. Every level costs memory of its own,
 // so a file of nothing but brackets would take a hundred times its size.
-constexpr int kMaxDepth = 64;
+constexpr size_t kMaxDepth = 64;
 // A parser's message repeats what it read last, which can be as long as the file.
 constexpr size_t kMaxMessageBytes = 300;
 
-bool IsTooDeep(std::string_view text) {
-  int depth = 0;
-  bool in_string = false;
-  for (size_t i = 0; i < text.size(); ++i) {
-    const char c = text[i];
-    if (in_string) {
-      if (c == '\\') ++i;
-      if (c == '"') in_string = false;
-    } else if (c == '"') {
-      in_string = true;
-    } else if (c == '[' || c == '{') {
-      if (++depth > kMaxDepth) return true;
-    } else if (c == ']' || c == '}') {
-      --depth;
-    }
+// Builds the document while it is read, and stops at the first thing that is not taken.
+class Builder final : public nlohmann::json_sax<json> {
+ public:
+  bool null() override { return Put(nullptr) != nullptr; }
+  bool boolean(bool value) override { return Put(value) != nullptr; }
+  bool number_integer(int64_t value) override { return Put(value) != nullptr; }
+  bool number_unsigned(uint64_t value) override { return Put(value) != nullptr; }
+  bool number_float(double value, const std::string& /*written*/) override {
+    return Put(value) != nullptr;
   }
-  return false;
-}
+  bool string(std::string& value) override { return Put(std::move(value)) != nullptr; }
+  bool binary(json::binary_t& value) override { return Put(std::move(value)) != nullptr; }
+  bool start_object(size_t /*elements*/) override { return Open(json::object()); }
+  bool start_array(size_t /*elements*/) override { return Open(json::array()); }
+  bool end_object() override { return Close(); }
+  bool end_array() override { return Close(); }
+  bool key(std::string& name) override {
+    const auto [entry, added] =
+        open_.back()->get_ptr<json::object_t*>()->try_emplace(std::move(name), nullptr);
+    if (!added) error_ = fmt::format("key \"{}\" stands twice in one object", entry->first);
+    field_ = &entry->second;
+    return added;
+  }
+  bool parse_error(size_t /*position*/, const std::string& /*token*/,
+                   const json::exception& error) override {
+    error_ = error.what();
+    return false;
+  }
+
+  const std::string& error() const { return error_; }
+  json& document() { return document_; }
+
+ private:
+  // Where the value stands from now on.
+  json* Put(json value) {
+    if (open_.empty()) {
+      document_ = std::move(value);
+      return &document_;
+    }
+    if (open_.back()->is_array()) return &open_.back()->emplace_back(std::move(value));
+    *field_ = std::move(value);
+    return field_;
+  }
+  bool Open(json value) {
+    if (open_.size() == kMaxDepth) {
+      error_ = fmt::format("nested deeper than {} levels", kMaxDepth);
+      return false;
+    }
+    open_.push_back(Put(std::move(value)));
+    return true;
+  }
+  bool Close() {
+    open_.pop_back();
+    return true;
+  }
+
+  json document_;
+  std::vector<json*> open_;  // arrays and objects that are not closed yet, the innermost last
+  json* field_ = nullptr;    // of the innermost object, whose value comes next
+  std::string error_;
+};
 
 Status WrongField(const std::string& name, std::string_view key, std::string_view expected,
                   const json& found) {
@@ -74,33 +116,10 @@ Result<std::string> ReadFile(const std::filesystem::path& path, uint64_t limit_b
 }
 
 Result<json> ParseJson(std::string_view text, const std::string& name) {
-  if (IsTooDeep(text)) {
-    return InvalidArgument("{}: malformed JSON: nested deeper than {} levels", name, kMaxDepth);
-  }
-  std::vector<std::unordered_set<std::string>> open_objects;
-  std::string duplicate;
-  const auto watch = [&](int /*depth*/, json::parse_event_t event, json& parsed) {
-    if (event == json::parse_event_t::object_start) {
-      open_objects.emplace_back();
-    } else if (event == json::parse_event_t::object_end) {
-      open_objects.pop_back();
-    } else if (event == json::parse_event_t::key) {
-      const auto& key = parsed.get_ref<const std::string&>();
-      if (!open_objects.back().insert(key).second && duplicate.empty()) duplicate = key;
-    }
-    return true;
-  };
-  try {
-    json value = json::parse(text, watch);
-    if (!duplicate.empty()) {
-      return InvalidArgument("{}: malformed JSON: key \"{}\" stands twice in one object", name,
-                             duplicate);
-    }
-    return value;
-  } catch (const json::exception& error) {
-    return InvalidArgument("{}: malformed JSON: {}", name,
-                           std::string_view(error.what()).substr(0, kMaxMessageBytes));
-  }
+  Builder builder;
+  if (json::sax_parse(text, &builder)) return std::move(builder.document());
+  return InvalidArgument("{}: malformed JSON: {}", name,
+                         std::string_view(builder.error()).substr(0, kMaxMessageBytes));
 }
 
 const json* FindField(const json& object, std::string_view key) {

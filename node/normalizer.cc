@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <array>
-#include <optional>
+#include <iterator>
 #include <utility>
 
 #include "node/json.h"
@@ -29,6 +29,30 @@ Status Unsupported(const std::string& name, const std::string& what) {
                     name, what);
 }
 
+// Characters that combine or decompose since versions of Unicode after 9.0. The normal forms of
+// `tokenizers` are those of 9.0, in which these stand for themselves and combine with nothing.
+// Found by comparing all code points; U+11930 stands for the pair that U+11938 decomposes into.
+constexpr std::pair<char32_t, char32_t> kSinceUnicode9[] = {
+    {0x07FD, 0x07FD},   {0x0898, 0x089F},   {0x08CA, 0x08D3},   {0x09FE, 0x09FE},
+    {0x0C3C, 0x0C3C},   {0x0D3B, 0x0D3C},   {0x0EBA, 0x0EBA},   {0x1715, 0x1715},
+    {0x1ABF, 0x1ACE},   {0x1DF6, 0x1DFA},   {0x32FF, 0x32FF},   {0xA7F2, 0xA7F4},
+    {0xA82C, 0xA82C},   {0xAB69, 0xAB69},   {0x10781, 0x10785}, {0x10787, 0x107B0},
+    {0x107B2, 0x107BA}, {0x10D24, 0x10D27}, {0x10EAB, 0x10EAC}, {0x10EFD, 0x10EFF},
+    {0x10F46, 0x10F50}, {0x10F82, 0x10F85}, {0x11070, 0x11070}, {0x1133B, 0x1133B},
+    {0x1145E, 0x1145E}, {0x11839, 0x1183A}, {0x11930, 0x11930}, {0x11938, 0x11938},
+    {0x1193D, 0x1193E}, {0x11943, 0x11943}, {0x119E0, 0x119E0}, {0x11A34, 0x11A34},
+    {0x11A47, 0x11A47}, {0x11A99, 0x11A99}, {0x11D42, 0x11D42}, {0x11D44, 0x11D45},
+    {0x11D97, 0x11D97}, {0x11F41, 0x11F42}, {0x16FF0, 0x16FF1}, {0x1E030, 0x1E06D},
+    {0x1E08F, 0x1E08F}, {0x1E130, 0x1E136}, {0x1E2AE, 0x1E2AE}, {0x1E2EC, 0x1E2EF},
+    {0x1E4EC, 0x1E4EF}, {0x1F16C, 0x1F16C}, {0x1FBF0, 0x1FBF9}};
+
+bool IsSinceUnicode9(char32_t c) {
+  const auto* range = std::upper_bound(
+      std::begin(kSinceUnicode9), std::end(kSinceUnicode9), c,
+      [](char32_t value, const auto& candidate) { return value < candidate.first; });
+  return range != std::begin(kSinceUnicode9) && c <= std::prev(range)->second;
+}
+
 std::string Lower(std::string_view text) {
   std::string lower;
   lower.reserve(text.size());
@@ -46,6 +70,36 @@ std::string Lower(std::string_view text) {
   return lower;
 }
 
+// Appends decomposed characters in canonical order, composed or not, and clears them. Not left to
+// utf8proc_decompose, which is quadratic in a run of marks.
+void AppendOrdered(bool compose, std::vector<utf8proc_int32_t>* points, std::string* out) {
+  const auto combining_class = [](utf8proc_int32_t c) {
+    return utf8proc_get_property(c)->combining_class;
+  };
+  for (auto begin = points->begin(); begin != points->end();) {
+    if (combining_class(*begin) == 0) {
+      ++begin;
+      continue;
+    }
+    const auto end = std::find_if(begin, points->end(),
+                                  [&](utf8proc_int32_t c) { return combining_class(c) == 0; });
+    std::stable_sort(begin, end, [&](utf8proc_int32_t a, utf8proc_int32_t b) {
+      return combining_class(a) < combining_class(b);
+    });
+    begin = end;
+  }
+  auto length = static_cast<utf8proc_ssize_t>(points->size());
+  if (compose) {
+    length = utf8proc_normalize_utf32(
+        points->data(), length, static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
+  }
+  KV_CHECK(length >= 0 && static_cast<size_t>(length) <= points->size());
+  for (utf8proc_ssize_t i = 0; i < length; ++i) {
+    AppendUtf8(static_cast<char32_t>((*points)[static_cast<size_t>(i)]), out);
+  }
+  points->clear();
+}
+
 }  // namespace
 
 std::string NormalizeUnicode(std::string_view text, UnicodeForm form) {
@@ -60,12 +114,18 @@ std::string NormalizeUnicode(std::string_view text, UnicodeForm form) {
   const auto options = static_cast<utf8proc_option_t>(
       UTF8PROC_STABLE | (compose ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE) |
       (compatible ? UTF8PROC_COMPAT : 0));
-  std::vector<utf8proc_int32_t> points;
-  points.reserve(text.size());
+  std::string normalized;
+  normalized.reserve(text.size());
+  std::vector<utf8proc_int32_t> points;           // decomposed, not yet in order
   std::array<utf8proc_int32_t, 64> decomposed{};  // the longest decomposition has 18 characters
   for (size_t at = 0; at < text.size();) {
     const Utf8Unit unit = Utf8At(text, at);
     at += unit.bytes;
+    if (IsSinceUnicode9(unit.code_point)) {
+      AppendOrdered(compose, &points, &normalized);
+      AppendUtf8(unit.code_point, &normalized);
+      continue;
+    }
     int boundary = 0;
     const auto count =
         utf8proc_decompose_char(static_cast<utf8proc_int32_t>(unit.code_point), decomposed.data(),
@@ -73,30 +133,7 @@ std::string NormalizeUnicode(std::string_view text, UnicodeForm form) {
     KV_CHECK(count >= 0 && static_cast<size_t>(count) <= decomposed.size());
     points.insert(points.end(), decomposed.begin(), decomposed.begin() + count);
   }
-  // Canonical order. Not left to utf8proc_decompose, which is quadratic in a run of marks.
-  const auto combining_class = [](utf8proc_int32_t c) {
-    return utf8proc_get_property(c)->combining_class;
-  };
-  for (auto begin = points.begin(); begin != points.end();) {
-    if (combining_class(*begin) == 0) {
-      ++begin;
-      continue;
-    }
-    const auto end = std::find_if(begin, points.end(),
-                                  [&](utf8proc_int32_t c) { return combining_class(c) == 0; });
-    std::stable_sort(begin, end, [&](utf8proc_int32_t a, utf8proc_int32_t b) {
-      return combining_class(a) < combining_class(b);
-    });
-    begin = end;
-  }
-  auto length = static_cast<utf8proc_ssize_t>(points.size());
-  if (compose) length = utf8proc_normalize_utf32(points.data(), length, options);
-  KV_CHECK(length >= 0 && static_cast<size_t>(length) <= points.size());
-  std::string normalized;
-  normalized.reserve(text.size());
-  for (utf8proc_ssize_t i = 0; i < length; ++i) {
-    AppendUtf8(static_cast<char32_t>(points[static_cast<size_t>(i)]), &normalized);
-  }
+  AppendOrdered(compose, &points, &normalized);
   return normalized;
 }
 

@@ -17,7 +17,8 @@ constexpr size_t kMaxPatternBytes = 64 * 1024;
 
 // What Oniguruma's shorthands mean in UTF-8, as members of a PCRE2 class.
 constexpr std::string_view kSpace = "\\p{White_Space}";
-constexpr std::string_view kWord = "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}";
+constexpr std::string_view kWord =
+    "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\x{B2}\\x{B3}\\x{B9}\\x{BC}-\\x{BE}";
 constexpr std::string_view kHex = "0-9A-Fa-f";
 
 // Names of properties that are no scripts; PCRE2 wants another name for some.

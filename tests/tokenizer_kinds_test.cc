@@ -186,6 +186,18 @@ TEST(TablesTest, SaysWhatContradicts) {
               testing::AllOf(HasSubstr("nobody"), HasSubstr("llama-bpe")));
 }
 
+TEST(TablesTest, KnowsPreTokenizers) {
+  for (const char* pre : {"", "default", "llama-bpe", "dbrx", "qwen2", "gpt-2", "smollm", "tekken",
+                          "gpt-4o", "deepseek-llm", "deepseek-coder", "deepseek-v3", "falcon"}) {
+    TokenizerTables tables = ReadTables("bpe_qwen2");
+    tables.pre = pre;
+    const auto tokenizer = Tokenizer::FromTables(std::move(tables), "t");
+    ASSERT_TRUE(tokenizer.ok()) << tokenizer.status().ToString();
+    const std::string text = "Wo 12\r\n  sind\u2126 \u4e2d\uff01\u212a x's, \u1f7d\U0001F600 ";
+    EXPECT_EQ((*tokenizer)->Decode(*(*tokenizer)->Encode(text, false)), text) << pre;
+  }
+}
+
 TEST(TablesTest, KnowsItsTokens) {
   const auto tokenizer = *Make("spm_gemma");
   EXPECT_EQ(tokenizer->TokenBytes(3 + 10), "\n");  // <0x0A>

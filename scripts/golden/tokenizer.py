@@ -39,6 +39,12 @@ TEXTS = [
     "1 12 123 1234 12345678901234567890 3.14 1,000,000", "http://a.b/c?d=e&f=%20#g_h-i",
 ]
 
+# Not trained on. Characters that Oniguruma takes for parts of words; some that combine or decompose
+# in Unicode 10 and later only; more marks than one; conjoining Jamo.
+RARE = ["x\u00b2 \u00bdy \u00b9z a\u02b0", "a\u1abf\u0301 \u32ff \U00011935\U00011930 \U00011938",
+        "a\u0323\u0301\u0327 \u0344 \u1e69\u0308 \u2126\u212b \ufb01\ufdfa\u3392",
+        "\u1100\u1161\u11a8 \uac00\u11a8 \u0958 \u0dd9\u0dcf\u0dca", "\u0130\u1e9e\u03a3\u03c2 DZ \u01c5"]
+
 
 def random_texts(rng, count):
     ranges = [(0x20, 0x7E)] * 4 + [(0x9, 0xD), (0xA0, 0x24F), (0x370, 0x52F), (0x3040, 0x30FF),
@@ -344,16 +350,16 @@ def main():
         tokenizer = Tokenizer.from_str(json.dumps(description))
         dump(out / f"{name}.json", description)
         few = not any(name == n for n, _ in old)
-        texts = TEXTS + list(random_texts(rng, 8 if few else 20))
+        texts = TEXTS + RARE + list(random_texts(rng, 8 if few else 20))
         write_cases(out / f"{name}.cases.json", tokenizer, rng, texts, 15 if few else 25)
     for name, tables, tokenizer in build_tables():
         dump(out / f"{name}.tables.json", tables)
-        write_cases(out / f"{name}.cases.json", tokenizer, rng, TEXTS, 15)
+        write_cases(out / f"{name}.cases.json", tokenizer, rng, TEXTS + RARE, 15)
     for name, proto in build_sentencepiece(out):
         (out / f"{name}.model").write_bytes(proto)
         tokenizer = SentencePiece(proto)
         # Names of control tokens become ids here and text there.
-        texts = [text for text in TEXTS + list(random_texts(rng, 8))
+        texts = [text for text in TEXTS + RARE + list(random_texts(rng, 8))
                  if not any(control in text for control in tokenizer.controls)]
         write_cases(out / f"{name}.cases.json", tokenizer, rng, texts, 15)
 
