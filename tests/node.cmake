@@ -28,7 +28,7 @@ kvant_test(eval_report_test LIBS kvant_test_models LABELS unit)
 add_library(kvant_test_nodes support/node_world.cc support/random_requests.cc)
 target_link_libraries(kvant_test_nodes PUBLIC kvant_test_models GTest::gtest)
 
-kvant_test(scheduler_test LIBS kvant_test_nodes LABELS unit property TIMEOUT 600)
+kvant_test(scheduler_test LIBS kvant_test_nodes LABELS unit property TIMEOUT 1200)
 kvant_test(requests_test LIBS kvant_test_nodes LABELS unit fuzz)
 kvant_test(planner_test LIBS kvant_test_nodes LABELS unit)
 kvant_test(local_cache_test LIBS kvant_test_nodes LABELS unit property)
