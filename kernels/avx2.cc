@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "base/check.h"
 #include "kernels/float_formats.h"
@@ -17,15 +18,17 @@
 #define KV_LANE_BYTES 32
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2")
+#pragma GCC target("avx2,fma")
 #endif
 
 namespace kvant::kernels {
 namespace {
 #include "kernels/loops.inc"
+#include "kernels/ordered_gemm_avx2.inc"
+#include "kernels/ordered_gemm_loops.inc"
 #include "kernels/rans_avx2.inc"
 }  // namespace
 }  // namespace kvant::kernels
@@ -39,14 +42,16 @@ namespace {
 namespace kvant::kernels {
 namespace {
 
-bool RunsHere() { return __builtin_cpu_supports("avx2") != 0; }
+bool RunsHere() {
+  return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
+}
 
 }  // namespace
 
 const Implementation kAvx2 = {
-    "avx2",        RunsHere,       TileEncode,   TileDecode,      AttendTileAny,   AttendRawTokens,
-    Linear,        Linear,         RmsNormRows,  SiluMultiplyAll, GeluMultiplyAll, SoftmaxAll,
-    RansEncodeAll, RansDecodeWide, LosslessTops, LosslessSplit,   LosslessMerge,
+    "avx2",     RunsHere,      TileEncode,         TileDecode,   AttendTileAny,   AttendRawTokens,
+    Linear,     Linear,        OrderedMultiplyAll, RmsNormRows,  SiluMultiplyAll, GeluMultiplyAll,
+    SoftmaxAll, RansEncodeAll, RansDecodeWide,     LosslessTops, LosslessSplit,   LosslessMerge,
 };
 
 }  // namespace kvant::kernels

@@ -1,4 +1,4 @@
-// The implementation for CPUs with AVX2.
+// The implementation for CPUs with AVX2 and FMA.
 #pragma once
 
 #include "kernels/implementation.h"

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "base/check.h"
 #include "kernels/float_formats.h"
@@ -29,6 +30,8 @@
 namespace kvant::kernels {
 namespace {
 #include "kernels/loops.inc"
+#include "kernels/ordered_gemm_avx512.inc"
+#include "kernels/ordered_gemm_loops.inc"
 #include "kernels/rans_avx512.inc"
 }  // namespace
 }  // namespace kvant::kernels
@@ -50,9 +53,9 @@ bool RunsHere() {
 }  // namespace
 
 const Implementation kAvx512 = {
-    "avx512",       RunsHere,       TileEncode,   TileDecode,      AttendTileAny,   AttendRawTokens,
-    Linear,         Linear,         RmsNormRows,  SiluMultiplyAll, GeluMultiplyAll, SoftmaxAll,
-    RansEncodeWide, RansDecodeWide, LosslessTops, LosslessSplit,   LosslessMerge,
+    "avx512",   RunsHere,       TileEncode,         TileDecode,   AttendTileAny,   AttendRawTokens,
+    Linear,     Linear,         OrderedMultiplyAll, RmsNormRows,  SiluMultiplyAll, GeluMultiplyAll,
+    SoftmaxAll, RansEncodeWide, RansDecodeWide,     LosslessTops, LosslessSplit,   LosslessMerge,
 };
 
 }  // namespace kvant::kernels

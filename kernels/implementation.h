@@ -11,6 +11,7 @@
 #include "kernels/attention.h"
 #include "kernels/codec.h"
 #include "kernels/lossless.h"
+#include "kernels/ordered_gemm.h"
 #include "kernels/rans.h"
 #include "kernels/tile_format.h"
 
@@ -34,6 +35,8 @@ struct Implementation {
   // The same with fp32 weights.
   void (*linear_fp32)(const float* weight, int outputs, int width, const float* x, int rows,
                       float* y, size_t y_stride);
+  // As ordered_gemm.h says.
+  void (*ordered_multiply)(const OrderedProduct&);
   void (*rms_norm)(const float* x, const float* weight, int rows, int width, float epsilon,
                    float* out);
   void (*silu_multiply)(float* gate, const float* up, size_t count);

@@ -11,6 +11,7 @@
 #include "kernels/float_formats.h"
 #include "kernels/implementation.h"
 #include "kernels/lossless.h"
+#include "kernels/ordered_gemm.h"
 #include "kernels/payload_layout.h"
 
 namespace kvant::kernels {
@@ -122,6 +123,45 @@ Rate MeasureDecodeLinear(const GemmShape& shape, size_t weight_bytes, ThreadPool
       DecodeLinear(weight, x.data(), shape.rows, y.data(), pool);
     }
   });
+}
+
+Result<OrderedRates> MeasureOrdered(const GemmShape& shape, int matrices, Duration at_least) {
+  KV_RETURN_IF_ERROR(LoadBlas());
+  const size_t size = Product(shape.out_features, shape.in_features);
+  std::vector<float> w = Normals(size * static_cast<size_t>(matrices), 1);
+  std::vector<OrderedWeights> bf16;
+  std::vector<OrderedWeights> fp32;
+  for (int i = 0; i < matrices; ++i) {
+    float* matrix = w.data() + static_cast<size_t>(i) * size;
+    fp32.emplace_back(matrix, shape.out_features, shape.in_features);
+    for (size_t j = 0; j < size; ++j) matrix[j] = FromBf16(ToBf16(matrix[j]));
+    bf16.emplace_back(matrix, shape.out_features, shape.in_features);
+  }
+  const std::vector<float> x = Normals(Product(shape.rows, shape.in_features), 2);
+  std::vector<float> y(Product(shape.rows, shape.out_features));
+  SgemmFunction* const sgemm = LoadedSgemm();
+  Duration of_bf16 = Duration::max();
+  Duration of_fp32 = Duration::max();
+  Duration of_sgemm = Duration::max();
+  const Clock& clock = SteadyClock();
+  const TimePoint end = clock.Now() + at_least;
+  for (size_t i = 0; i < bf16.size() || clock.Now() < end; ++i) {
+    const size_t matrix = i % bf16.size();
+    KeepFastest([&] { OrderedMultiply(bf16[matrix], x.data(), shape.rows, nullptr, y.data()); },
+                &of_bf16);
+    KeepFastest([&] { OrderedMultiply(fp32[matrix], x.data(), shape.rows, nullptr, y.data()); },
+                &of_fp32);
+    KeepFastest(
+        [&] {
+          sgemm(kBlasRowMajor, kBlasNoTranspose, kBlasTranspose, shape.rows, shape.out_features,
+                shape.in_features, 1.0F, x.data(), shape.in_features, w.data() + matrix * size,
+                shape.in_features, 0.0F, y.data(), shape.out_features);
+        },
+        &of_sgemm);
+  }
+  const double operations = Operations(shape);
+  return OrderedRates{operations / Seconds(of_bf16), operations / Seconds(of_fp32),
+                      operations / Seconds(of_sgemm)};
 }
 
 TileRates MeasureTile(const Codec& codec, const SegmentShape& shape, int key_cuts, int value_cuts,

@@ -42,6 +42,17 @@ Result<Rate> MeasurePlainGemm(const GemmShape& shape, ThreadPool* pool,
 Rate MeasureDecodeLinear(const GemmShape& shape, size_t weight_bytes, ThreadPool* pool,
                          Duration at_least = kBenchTime);
 
+// Operations a second, on one thread, of OrderedMultiply with weights in bf16 and in fp32, and of
+// one sgemm with the same numbers; the fastest of alternating rounds. `matrices` of the shape are
+// cycled: those of a model's layers do not stay in the caches. kUnsupported without OpenBLAS.
+struct OrderedRates {
+  double bf16 = 0.0;
+  double fp32 = 0.0;
+  double sgemm = 0.0;
+};
+Result<OrderedRates> MeasureOrdered(const GemmShape& shape, int matrices,
+                                    Duration at_least = kBenchTime);
+
 // One codec on one thread, over blocks of one layer that fill `working_set_bytes` when encoded.
 // Rates in bytes of bf16 that the segment would take; attend also in bytes that were read.
 struct TileRates {

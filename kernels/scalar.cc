@@ -15,14 +15,15 @@
 namespace kvant::kernels {
 namespace {
 #include "kernels/loops.inc"
+#include "kernels/ordered_gemm_scalar.inc"
 }  // namespace
 
 const Implementation kScalar = {
-    "scalar",      [] { return true; }, TileEncode,      TileDecode,
-    AttendTileAny, AttendRawTokens,     Linear,          Linear,
-    RmsNormRows,   SiluMultiplyAll,     GeluMultiplyAll, SoftmaxAll,
-    RansEncodeAll, RansDecodeAll,       LosslessTops,    LosslessSplit,
-    LosslessMerge,
+    "scalar",           [] { return true; }, TileEncode,      TileDecode,
+    AttendTileAny,      AttendRawTokens,     Linear,          Linear,
+    OrderedMultiplyAll, RmsNormRows,         SiluMultiplyAll, GeluMultiplyAll,
+    SoftmaxAll,         RansEncodeAll,       RansDecodeAll,   LosslessTops,
+    LosslessSplit,      LosslessMerge,
 };
 
 }  // namespace kvant::kernels

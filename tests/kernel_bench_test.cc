@@ -5,6 +5,8 @@
 
 #include <cstdio>
 
+#include "kernels/implementation.h"
+
 namespace kvant::kernels {
 namespace {
 
@@ -41,6 +43,21 @@ TEST(KernelBenchTest, EveryRateIsPositive) {
     std::printf("lossless, %d heads of %d: encode %.2f, decode %.2f, memcpy %.2f GB/s\n",
                 segment.kv_heads, segment.head_dim, lossless.encode * 1e-9, lossless.decode * 1e-9,
                 lossless.copy * 1e-9);
+  }
+  for (const GemmShape of : {GemmShape{64, 512, 1664}, GemmShape{64, 512, 512}}) {
+    for (const int matrices : {1, 16}) {
+      const Result<OrderedRates> ordered = MeasureOrdered(of, matrices);
+      ASSERT_TRUE(ordered.ok()) << ordered.status().ToString();
+      EXPECT_GT(ordered->bf16, 1e6);
+      EXPECT_GT(ordered->fp32, 1e6);
+      EXPECT_GT(ordered->sgemm, 1e6);
+      std::printf(
+          "ordered product, 64 x %d -> %d, %d matrices, %s: bf16 %.1f, fp32 %.1f, sgemm (%s) %.1f "
+          "GFLOP/s\n",
+          of.in_features, of.out_features, matrices, ActiveImplementation().name.data(),
+          ordered->bf16 * 1e-9, ordered->fp32 * 1e-9, BlasCoreType().c_str(),
+          ordered->sgemm * 1e-9);
+    }
   }
   const RansRates rans = MeasureRans(1 << 14, 64, 64, kLonger);
   EXPECT_GT(rans.encode, 1e5);

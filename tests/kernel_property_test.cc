@@ -1,4 +1,4 @@
-// Properties of codecs and attention over random geometries, numbers and splits.
+// Properties of codecs, attention and ordered products over random geometries, numbers and splits.
 #include <gtest/gtest.h>
 #include <rapidcheck.h>
 #include <rapidcheck/gtest.h>
@@ -9,6 +9,7 @@
 #include "kernels/attention.h"
 #include "kernels/payload_layout.h"
 #include "tests/lossless_fixtures.h"
+#include "tests/ordered_fixtures.h"
 
 namespace kvant::kernels {
 namespace {
@@ -134,6 +135,41 @@ RC_GTEST_PROP(LosslessProperty, EveryBitComesBack, ()) {
   std::vector<uint16_t> decoded(raw.size());
   RC_ASSERT(LosslessCoder().Decode(kind, shape, bytes, decoded.data()).ok());
   RC_ASSERT(decoded == raw);
+}
+
+RC_GTEST_PROP(OrderedProperty, EveryImplementationGivesTheSameBitsNearTheExactSum, ()) {
+  const int rows = *rc::gen::inRange(1, 67).as("rows");
+  const int inputs = *rc::gen::inRange(1, 1200).as("inputs");
+  const int outputs = *rc::gen::inRange(1, 100).as("outputs");
+  const bool bf16 = *rc::gen::arbitrary<bool>().as("bf16");
+  const int exponent = *rc::gen::inRange(-149, 100).as("exponent");
+  const auto start =
+      *rc::gen::element(OrderedStart::kZero, OrderedStart::kBias, OrderedStart::kHeld).as("start");
+  Random random(*rc::gen::arbitrary<uint64_t>().as("seed"));
+  const OrderedCase made = MakeOrderedCase(rows, inputs, outputs, bf16, exponent, &random);
+  const OrderedWeights weights(made.weights.data(), outputs, inputs);
+  const std::vector<float> found =
+      OrderedRowsBy(*Implementations().back(), weights, made, start, 0, rows);
+  for (const Implementation* implementation : Implementations()) {
+    if (!implementation->runs_here()) continue;
+    RC_ASSERT(SameBits(OrderedRowsBy(*implementation, weights, made, start, 0, rows), found));
+  }
+  for (int r = 0; r < rows; ++r) {
+    for (int n = 0; n < outputs; ++n) {
+      auto sum = static_cast<double>(StartOf(made, start, r, n));
+      double magnitude = std::fabs(sum);
+      for (int k = 0; k < inputs; ++k) {
+        const double term =
+            static_cast<double>(made.X(r, k)) * static_cast<double>(made.Weight(n, k));
+        sum += term;
+        magnitude += std::fabs(term);
+      }
+      // Each of the roundings adds at most 2^-24 of a sum, or half of the smallest number there is.
+      const double bound = (inputs + 1) * (magnitude * 0x1p-24 * 1.001 + 0x1p-150);
+      RC_ASSERT(std::fabs(static_cast<double>(found[static_cast<size_t>(r * outputs + n)]) - sum) <=
+                bound);
+    }
+  }
 }
 
 RC_GTEST_PROP(LayoutProperty, RangesCoverThePayloadOnce, ()) {

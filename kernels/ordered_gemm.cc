@@ -1,0 +1,85 @@
+#include "kernels/ordered_gemm.h"
+
+#include <bit>
+#include <new>
+
+#include "base/check.h"
+#include "kernels/float_formats.h"
+#include "kernels/implementation.h"
+
+namespace kvant::kernels {
+namespace {
+
+bool AllBf16(const float* weights, size_t count) {
+  uint32_t lost = 0;
+  for (size_t i = 0; i < count; ++i) lost |= std::bit_cast<uint32_t>(weights[i]) & 0xFFFFU;
+  return lost == 0;
+}
+
+// Panels begin where cache lines do.
+template <typename Element>
+std::shared_ptr<Element[]> Allocate(size_t count) {
+  constexpr std::align_val_t kAlignment{64};
+  return {static_cast<Element*>(::operator new(count * sizeof(Element), kAlignment)),
+          [](Element* memory) { ::operator delete(memory, kAlignment); }};
+}
+
+// Where the weights of an output begin.
+size_t BeginOf(size_t output, size_t inputs, bool bf16) {
+  return output / kOrderedPanel * inputs * kOrderedPanel +
+         static_cast<size_t>(OrderedPlace(static_cast<int>(output % kOrderedPanel), bf16));
+}
+
+}  // namespace
+
+OrderedWeights::OrderedWeights(const float* weights, int outputs, int inputs)
+    : outputs_(outputs), inputs_(inputs) {
+  KV_CHECK(outputs >= 1 && inputs >= 1);
+  const auto width = static_cast<size_t>(inputs);
+  const auto panels = static_cast<size_t>((outputs + kOrderedPanel - 1) / kOrderedPanel);
+  const size_t count = panels * width * kOrderedPanel;
+  const bool bf16 = AllBf16(weights, static_cast<size_t>(outputs) * width);
+  if (bf16) {
+    bf16_ = Allocate<uint16_t>(count);
+  } else {
+    fp32_ = Allocate<float>(count);
+  }
+  for (size_t output = 0; output < panels * kOrderedPanel; ++output) {
+    const bool real = output < static_cast<size_t>(outputs);
+    const float* row = weights + output * width;
+    size_t to = BeginOf(output, width, bf16);
+    for (size_t k = 0; k < width; ++k, to += kOrderedPanel) {
+      const float weight = real ? row[k] : 0.0F;
+      if (bf16) {
+        bf16_[to] = static_cast<uint16_t>(std::bit_cast<uint32_t>(weight) >> 16);
+      } else {
+        fp32_[to] = weight;
+      }
+    }
+  }
+}
+
+std::vector<float> OrderedWeights::RowMajor() const {
+  const auto width = static_cast<size_t>(inputs_);
+  std::vector<float> rows;
+  rows.reserve(static_cast<size_t>(outputs_) * width);
+  for (size_t output = 0; output < static_cast<size_t>(outputs_); ++output) {
+    size_t from = BeginOf(output, width, bf16_ != nullptr);
+    for (size_t k = 0; k < width; ++k, from += kOrderedPanel) {
+      rows.push_back(bf16_ != nullptr ? FromBf16(bf16_[from]) : fp32_[from]);
+    }
+  }
+  return rows;
+}
+
+void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, const float* bias,
+                     float* out) {
+  ActiveImplementation().ordered_multiply({weights, x, rows, bias, 0, out});
+}
+
+void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, float* out) {
+  ActiveImplementation().ordered_multiply(
+      {weights, x, rows, out, static_cast<size_t>(weights.outputs()), out});
+}
+
+}  // namespace kvant::kernels

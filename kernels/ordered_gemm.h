@@ -1,0 +1,73 @@
+// Products of fp32 rows with a matrix of weights, out = x W^T, whose bits are the same on every
+// machine. For decoders: what they decode may be refined by differences that were taken elsewhere.
+//
+// Each output is the sum over the inputs k = 0, 1, 2, ... of fma(x[r][k], w[n][k], sum), each
+// rounded once, in one accumulator. Speed comes from other outputs and rows beside it alone, never
+// from a second sum over k, so that an output depends neither on the instruction set, nor on the
+// other rows and how many there are, nor on the thread. Subnormal numbers count as such.
+// REQUIRES: no NaN goes in or comes out (which of its bits remain differs), and the thread neither
+// flushes subnormals nor rounds otherwise than to nearest.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace kvant::kernels {
+
+// Outputs of a panel, in which weights are stored: [panel][k][kOrderedPanel]. Zeros fill the last
+// panel.
+inline constexpr int kOrderedPanel = 32;
+
+// Where output `column` of a panel stands among its weights of one k. In bf16 outputs i and i + 16
+// share a 32-bit word, the first in its lower half: a shift and a mask widen a register of pairs
+// into two registers of floats, whatever its width.
+constexpr int OrderedPlace(int column, bool bf16) {
+  constexpr int kHalf = kOrderedPanel / 2;
+  return bf16 ? column % kHalf * 2 + column / kHalf : column;
+}
+
+// A weight matrix in panels. Value; copies share the weights. Immutable, Thread-safe.
+class OrderedWeights {
+ public:
+  OrderedWeights() = default;
+  // weights: [outputs][inputs], row-major, not needed afterwards. Kept in 16 bits each where all of
+  // them are bf16 numbers, which changes no bit of a product. REQUIRES: outputs, inputs >= 1.
+  OrderedWeights(const float* weights, int outputs, int inputs);
+
+  int outputs() const { return outputs_; }
+  int inputs() const { return inputs_; }
+  // [outputs][inputs], row-major, as they were given.
+  std::vector<float> RowMajor() const;
+  // Exactly one of them is set, unless made by default.
+  const uint16_t* bf16() const { return bf16_.get(); }
+  const float* fp32() const { return fp32_.get(); }
+
+ private:
+  int outputs_ = 0;
+  int inputs_ = 0;
+  std::shared_ptr<uint16_t[]> bf16_;
+  std::shared_ptr<float[]> fp32_;
+};
+
+// out[rows][outputs] = x[rows][inputs] * W^T, begun at bias[outputs] or, with nullptr, at 0.
+// REQUIRES: out overlaps neither x nor bias.
+void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, const float* bias,
+                     float* out);
+// The same, begun at what out holds.
+void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, float* out);
+
+// One product as an implementation takes it.
+struct OrderedProduct {
+  const OrderedWeights& weights;
+  const float* x = nullptr;  // [rows][inputs]
+  int rows = 0;
+  // Row r begins at start[r * start_stride], with a stride of 0 all of them at the same; nullptr
+  // and 0: at zeros. May be `out`.
+  const float* start = nullptr;
+  size_t start_stride = 0;
+  float* out = nullptr;  // [rows][outputs]
+};
+
+}  // namespace kvant::kernels

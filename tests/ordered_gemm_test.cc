@@ -1,0 +1,135 @@
+// Ordered products: every implementation gives the defined sums to the bit, whatever the shape, the
+// rows beside, and the form of the weights.
+#include "kernels/ordered_gemm.h"
+
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "tests/ordered_fixtures.h"
+
+namespace kvant::kernels {
+namespace {
+
+std::vector<const Implementation*> All() {
+  std::vector<const Implementation*> all;
+  for (const Implementation* implementation : Implementations()) {
+    if (implementation->runs_here()) all.push_back(implementation);
+  }
+  return all;
+}
+
+void ExpectDefinedBits(const OrderedCase& made) {
+  const OrderedWeights weights(made.weights.data(), made.outputs, made.inputs);
+  for (const OrderedStart start : {OrderedStart::kZero, OrderedStart::kBias, OrderedStart::kHeld}) {
+    const std::vector<float> expected = DefinedProduct(made, start);
+    for (const Implementation* implementation : All()) {
+      EXPECT_TRUE(
+          SameBits(OrderedRowsBy(*implementation, weights, made, start, 0, made.rows), expected))
+          << implementation->name << ": " << made.rows << " x " << made.inputs << " -> "
+          << made.outputs << ", start " << static_cast<int>(start);
+    }
+  }
+}
+
+TEST(OrderedGemmTest, EveryNumberOfRowsAndEveryTail) {
+  Random random(41);
+  for (int rows = 1; rows <= 66; ++rows) {
+    for (const bool bf16 : {false, true}) {
+      ExpectDefinedBits(MakeOrderedCase(rows, 1 + rows % 19, 30 + rows % 5, bf16, 0, &random));
+    }
+  }
+  for (const int outputs : {1, 7, 31, 32, 33, 63, 64, 65, 200}) {
+    for (const bool bf16 : {false, true}) {
+      ExpectDefinedBits(MakeOrderedCase(5, 40, outputs, bf16, 0, &random));
+    }
+  }
+  for (const int inputs : {1, 15, 16, 17, 511, 512, 513, 528, 529, 1024, 1025, 1664}) {
+    for (const bool bf16 : {false, true}) {
+      ExpectDefinedBits(MakeOrderedCase(14, inputs, 34, bf16, 0, &random));
+    }
+  }
+  ExpectDefinedBits(MakeOrderedCase(130, 20, 40, true, 0, &random));
+}
+
+TEST(OrderedGemmTest, SubnormalNumbersCount) {
+  Random random(42);
+  for (const int exponent : {-149, -140, -130, -126, 100}) {
+    for (const bool bf16 : {false, true}) {
+      ExpectDefinedBits(MakeOrderedCase(7, 65, 50, bf16, exponent, &random));
+    }
+  }
+  const float weight = 0x1p-40F;
+  const float x = 0x1p-100F;
+  const OrderedWeights weights(&weight, 1, 1);
+  for (const Implementation* implementation : All()) {
+    float out = 1.0F;
+    implementation->ordered_multiply({weights, &x, 1, nullptr, 0, &out});
+    EXPECT_EQ(out, 0x1p-140F) << implementation->name;
+  }
+}
+
+TEST(OrderedGemmTest, ARowDoesNotKnowItsCompany) {
+  Random random(43);
+  for (const bool bf16 : {false, true}) {
+    const OrderedCase made = MakeOrderedCase(64, 600, 70, bf16, 0, &random);
+    const OrderedWeights weights(made.weights.data(), made.outputs, made.inputs);
+    for (const Implementation* implementation : All()) {
+      const std::vector<float> all =
+          OrderedRowsBy(*implementation, weights, made, OrderedStart::kHeld, 0, made.rows);
+      for (const int rows : {1, 2, 5, 6, 13, 14, 40}) {
+        const int first = static_cast<int>(random.Below(static_cast<uint64_t>(65 - rows)));
+        const auto at = all.begin() + static_cast<ptrdiff_t>(first) * made.outputs;
+        EXPECT_TRUE(SameBits(
+            OrderedRowsBy(*implementation, weights, made, OrderedStart::kHeld, first, rows),
+            {at, at + static_cast<ptrdiff_t>(rows) * made.outputs}))
+            << implementation->name << ", rows " << first << " to " << first + rows;
+      }
+    }
+  }
+}
+
+TEST(OrderedGemmTest, WeightsAreHalvedWhereNoBitIsLost) {
+  Random random(44);
+  OrderedCase made = MakeOrderedCase(9, 100, 45, true, 0, &random);
+  const OrderedWeights narrow(made.weights.data(), made.outputs, made.inputs);
+  EXPECT_NE(narrow.bf16(), nullptr);
+  EXPECT_EQ(narrow.fp32(), nullptr);
+  EXPECT_EQ(narrow.outputs(), 45);
+  EXPECT_EQ(narrow.inputs(), 100);
+  EXPECT_TRUE(SameBits(narrow.RowMajor(), made.weights));
+  // One output's weight more than bf16 holds: the others keep their bits.
+  made.weights.back() = 0x1.000002p0F;
+  const OrderedWeights wide(made.weights.data(), made.outputs, made.inputs);
+  EXPECT_EQ(wide.bf16(), nullptr);
+  EXPECT_NE(wide.fp32(), nullptr);
+  EXPECT_TRUE(SameBits(wide.RowMajor(), made.weights));
+  const OrderedWeights copy = wide;
+  EXPECT_EQ(copy.fp32(), wide.fp32());
+  for (const Implementation* implementation : All()) {
+    const auto product = [&](const OrderedWeights& weights) {
+      return OrderedRowsBy(*implementation, weights, made, OrderedStart::kZero, 0, made.rows);
+    };
+    std::vector<float> a = product(narrow);
+    std::vector<float> b = product(wide);
+    for (size_t r = 0; r < 9; ++r) a[r * 45 + 44] = b[r * 45 + 44] = 0.0F;
+    EXPECT_TRUE(SameBits(a, b)) << implementation->name;
+  }
+}
+
+TEST(OrderedGemmTest, TheActiveOneIsUsedOnAnyThread) {
+  Random random(45);
+  const OrderedCase made = MakeOrderedCase(20, 530, 90, true, 0, &random);
+  const OrderedWeights weights(made.weights.data(), made.outputs, made.inputs);
+  std::vector<float> out(made.held.size(), NAN);
+  OrderedMultiply(weights, made.x.data(), made.rows, nullptr, out.data());
+  EXPECT_TRUE(SameBits(out, DefinedProduct(made, OrderedStart::kZero)));
+  OrderedMultiply(weights, made.x.data(), made.rows, made.bias.data(), out.data());
+  EXPECT_TRUE(SameBits(out, DefinedProduct(made, OrderedStart::kBias)));
+  std::vector<float> held = made.held;
+  std::thread([&] { OrderedMultiplyAdd(weights, made.x.data(), made.rows, held.data()); }).join();
+  EXPECT_TRUE(SameBits(held, DefinedProduct(made, OrderedStart::kHeld)));
+}
+
+}  // namespace
+}  // namespace kvant::kernels
