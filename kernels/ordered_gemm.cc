@@ -74,12 +74,18 @@ std::vector<float> OrderedWeights::RowMajor() const {
 
 void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, const float* bias,
                      float* out) {
-  ActiveImplementation().ordered_multiply({weights, x, rows, bias, 0, out});
+  ActiveImplementation().ordered_multiply({weights, x, rows, weights.inputs(), bias, 0, out});
 }
 
 void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, float* out) {
+  OrderedMultiplyAdd(weights, x, rows, weights.inputs(), out);
+}
+
+void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, int inputs,
+                        float* out) {
+  KV_DCHECK(inputs >= 1 && inputs <= weights.inputs());
   ActiveImplementation().ordered_multiply(
-      {weights, x, rows, out, static_cast<size_t>(weights.outputs()), out});
+      {weights, x, rows, inputs, out, static_cast<size_t>(weights.outputs()), out});
 }
 
 }  // namespace kvant::kernels

@@ -57,12 +57,17 @@ void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, co
                      float* out);
 // The same, begun at what out holds.
 void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, float* out);
+// The same where the inputs from `inputs` on are zeros, which x[rows][inputs] leaves out.
+// REQUIRES: 1 <= inputs <= weights.inputs().
+void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, int inputs,
+                        float* out);
 
 // One product as an implementation takes it.
 struct OrderedProduct {
   const OrderedWeights& weights;
   const float* x = nullptr;  // [rows][inputs]
   int rows = 0;
+  int inputs = 0;  // of the weights', the first
   // Row r begins at start[r * start_stride], with a stride of 0 all of them at the same; nullptr
   // and 0: at zeros. May be `out`.
   const float* start = nullptr;

@@ -170,7 +170,7 @@ void AttentionWeights::AddQueries(int layer, int position, const float* queries)
       double trace = 0;
       for (int c = 0; c < value_dim; ++c) trace += metric.At(c, c);
       double squares = 0;
-      const int exact_end = kKltExactTokens - first;
+      const int sinks_end = kKltSinks - first;
       for (int row = 0; row < kBlockTokens; ++row) {
         const float* of_row = p.data() + static_cast<ptrdiff_t>(row) * count;
         const float* sum = sums.data() + static_cast<ptrdiff_t>(row) * value_dim;
@@ -178,8 +178,8 @@ void AttentionWeights::AddQueries(int layer, int position, const float* queries)
         for (int c = 0; c < value_dim; ++c) sum_square += sum[c] * sum[c];
         double felt_total = 0;
         for (int j = 0; j < count; ++j) {
-          // Exact tokens have no errors.
-          const float square = j < exact_end ? 0 : of_row[j] * of_row[j];
+          // Sinks are coded finer.
+          const float square = j < sinks_end ? 0 : of_row[j] * of_row[j];
           const float away = value_squares[static_cast<size_t>(j)] + sum_square -
                              2 * meets[static_cast<size_t>(row * count + j)];
           squares += static_cast<double>(square);

@@ -26,7 +26,7 @@ class AttentionWeights {
   // Takes that block's queries, as a QuerySink gets them. position: of its first token.
   void AddQueries(int layer, int position, const float* queries);
   // [width][width], rows as in klt.h: the square of what an error does to a layer's output, but for
-  // a factor. Errors in the first kKltExactTokens tokens are not counted: there are none.
+  // a factor. Errors in the first kKltSinks tokens are not counted: those are coded finer.
   const kernels::Matrix& sum(int layer) const { return sums_[static_cast<size_t>(layer)]; }
 
  private:

@@ -25,6 +25,7 @@
 #include "node/eval_past.h"
 #include "node/eval_text.h"
 #include "node/klt.h"
+#include "node/klt_fit.h"
 #include "node/klt_pack.h"
 #include "node/requests.h"
 
@@ -33,27 +34,25 @@ namespace {
 
 using kernels::Matrix;
 
-constexpr double kRidge = 1e-4;       // of the mean square of the inputs
 constexpr double kFloor = 0.03;       // of a weight's mean, added to all directions: none is free
-constexpr int kPanel = 2048;          // tokens
 constexpr int kWeighEvery = 2;        // texts of which attention is looked at: one of so many
 constexpr int kProbes = 3;            // texts that noise is put into, or one more
 constexpr int kProbeSuffix = 64;      // tokens behind them, whose KL is measured
 constexpr double kProbeNoise = 0.01;  // of the state's square
 constexpr size_t kMinWindows = 8;
-constexpr size_t kSampleEvery = 4;  // blocks that are coded at other steps: one of so many
 // Steps that are measured, in that which a pack is fitted at.
-constexpr float kTried[] = {0.25F, 0.5F, 1.0F, 2.0F, 4.0F, 8.0F};
+constexpr float kTried[] = {0.125F, 0.25F, 0.5F, 1.0F, 2.0F, 4.0F, 8.0F};
+constexpr float kSinkStep = 0.25F;   // of sinks, in that step
+constexpr float kSourceStep = 2.0F;  // at which sources are coded for the fit of what they predict
+constexpr float kLeast = 1.0F / 64;  // deviation of a coefficient that is kept
 // Names of cuts, and the mean KL that each aims at.
 constexpr std::pair<std::string_view, double> kCuts[] = {
-    {"fine", 1e-3}, {"medium", 5e-3}, {"coarse", 1.5e-2}};
+    {"finest", 1e-4}, {"fine", 1e-3}, {"medium", 5e-3}, {"coarse", 1.5e-2}};
+// Those that a block may hold together.
+constexpr std::string_view kRefining[] = {"coarse", "fine", "finest"};
 
 // Rows of a sequence's whole blocks.
 using Sequence = std::vector<KltCoder::Rows>;
-
-float Rounded(double value) {
-  return kernels::FromBf16(kernels::ToBf16(static_cast<float>(value)));
-}
 
 class Calibrator {
  public:
@@ -75,26 +74,19 @@ class Calibrator {
 
   // Once.
   Result<KltPack> Run();
-  int tokens() const { return static_cast<int>(blocks_.size()) * kBlockTokens; }
+  int tokens() const { return static_cast<int>(fit_.blocks()) * kBlockTokens; }
 
  private:
-  // A block to calibrate on. Rows are dropped where no layer above needs them any more.
-  struct Block {
-    std::vector<int32_t> tokens;
-    int sinks = 0;
-    bool sample = false;  // measured at other steps, too: its exact rows are kept
-    KltCoder::Rows exact;
-    KltCoder::Rows decoded;
-  };
   // A text that only the scales of layers are taken from, to measure on.
   struct Probe {
     std::vector<int32_t> prefix;
     std::vector<int32_t> suffix;
     Sequence exact;
   };
-  struct Centroid {
-    double total = 0;
-    int64_t count = 0;
+  // What a prefix costs at some cuts.
+  struct Point {
+    double bits = 0;  // an element
+    double mean_kl = 0;
   };
 
   // Computes a sequence of whole blocks; its rows, and, if `weigh`, what weights are made of.
@@ -105,17 +97,17 @@ class Calibrator {
                                  std::span<const Sequence> forms);
   EncodedBlocks Encoded(const Sequence& rows);
   Status ScaleWeights();
-  Status FitLayer(int layer);
-  Result<Matrix> LeftOver(int layer);
-  Status Transform(const Matrix& covariance, const Matrix& weight, KltLayer* of) const;
-  void CodeAll(int layer);
-  void MeasureSteps();
-  void Count(int layer, const KltCoder& coder, const KltCoder::LayerCode& code, int sinks);
-  void MakeTables();
+  // Of cuts of pack_, as of KltCoder.
+  Result<std::vector<Point>> Measure(std::span<const std::vector<size_t>> cuts);
   Status ChooseCuts();
+  Status FinishCuts();
   // Encodes a sequence and decodes it; adds to *bytes.
-  Result<Sequence> Coded(std::span<const int32_t> tokens, const Sequence& exact, size_t cut,
-                         double* bytes) const;
+  Result<Sequence> Coded(const KltCoder& coder, std::span<const int32_t> tokens,
+                         const Sequence& exact, double* bytes) const;
+  static void Tell(const std::string& what, const Point& point) {
+    std::fprintf(stderr, "kvant: %s: %.3f bits an element, mean KL %.2e\n", what.c_str(),
+                 point.bits, point.mean_kl);
+  }
   void Say(const char* what) {
     std::fprintf(stderr, "kvant: %s, %.0f s so far\n", what, Seconds(SteadyClock().Now() - begun_));
   }
@@ -134,15 +126,13 @@ class Calibrator {
   Random random_;
   TimePoint begun_ = SteadyClock().Now();
 
-  std::vector<Block> blocks_;
   std::vector<Probe> probes_;
   AttentionWeights attention_;
   // [layer][width][width]: an error x in every row costs x^T weight x nats a token behind them,
   // once ScaleWeights was called.
   std::vector<Matrix> weights_;
   KltPack pack_;
-  std::array<std::array<uint32_t, kKltSymbols>, kKltTables> counts_{};
-  std::array<std::array<Centroid, 2>, kKltTables> centroids_{};  // of magnitude 1, and of more
+  KltFit fit_{&model_, pool_, &pack_};
 };
 
 Result<Sequence> Calibrator::Capture(std::span<const int32_t> tokens, bool weigh) {
@@ -233,7 +223,6 @@ Result<std::vector<double>> Calibrator::Kl(std::span<const int32_t> suffix, cons
 }
 
 Status Calibrator::Collect() {
-  const auto layers = static_cast<size_t>(config_.layers);
   const int room = std::min(options_.length, config_.max_positions) / kBlockTokens * kBlockTokens;
   std::vector<EvalWindow> windows;
   for (const std::string& file : options_.texts) {
@@ -261,13 +250,8 @@ Status Calibrator::Collect() {
       continue;
     }
     for (size_t b = 0; b < rows.size(); ++b) {
-      Block& block = blocks_.emplace_back();
-      const auto first = window.prefix.begin() + static_cast<ptrdiff_t>(b * kBlockTokens);
-      block.tokens.assign(first, first + kBlockTokens);
-      block.sinks = b == 0 ? kKltExactTokens : 0;
-      block.sample = blocks_.size() % kSampleEvery == 0;
-      block.exact = std::move(rows[b]);
-      block.decoded.resize(layers);
+      fit_.Add(std::span(window.prefix).subspan(b * kBlockTokens, kBlockTokens),
+               static_cast<int>(b) * kBlockTokens, rows[b]);
     }
     if (i % 10 == 9) Say(fmt::format("{} of {} texts computed", i + 1, windows.size()).c_str());
   }
@@ -314,7 +298,7 @@ Status Calibrator::ScaleWeights() {
                                       static_cast<double>(exact.size() * kBlockTokens) / inverse);
         Sequence& form = forms[static_cast<size_t>(part)];
         for (size_t b = 0; b < form.size(); ++b) {
-          for (int token = b == 0 ? kKltExactTokens : 0; token < kBlockTokens; ++token) {
+          for (int token = b == 0 ? kKltSinks : 0; token < kBlockTokens; ++token) {
             float* row = form[b][l].data() + static_cast<ptrdiff_t>(token) * width_ + first;
             for (int i = 0; i < size; ++i) {
               const double by = step * random_.Normal() /
@@ -347,282 +331,140 @@ Status Calibrator::ScaleWeights() {
   return OkStatus();
 }
 
-Status Calibrator::FitLayer(int layer) {
-  const auto l = static_cast<size_t>(layer);
-  const int below = std::min(layer, kKltBelow);
-  KltLayer& of = pack_.layers.emplace_back();
-  of.inputs = config_.hidden + below * width_;
-  of.deviation.resize(1);
-  const int inputs = of.inputs + 1;  // and the constant
-  Matrix zz(inputs, inputs);
-  Matrix xz(width_, inputs);
-  std::vector<float> z;
-  std::vector<float> x;
-  const auto flush = [&] {
-    const int rows = static_cast<int>(x.size()) / width_;
-    kernels::AddProducts(z.data(), z.data(), rows, inputs, inputs, &zz);
-    kernels::AddProducts(x.data(), z.data(), rows, width_, inputs, &xz);
-    z.clear();
-    x.clear();
-  };
-  const KltCoder embedder(&model_, &pack_, 0);
-  for (const Block& block : blocks_) {
-    const std::vector<float> embeddings = embedder.Embeddings(block.tokens);
-    for (int token = block.sinks; token < kBlockTokens; ++token) {
-      const auto put = [&](const std::vector<float>& from, int width, std::vector<float>* to) {
-        const auto at = from.begin() + static_cast<ptrdiff_t>(token) * width;
-        to->insert(to->end(), at, at + width);
-      };
-      put(embeddings, config_.hidden, &z);
-      for (int i = 1; i <= below; ++i) put(block.decoded[l - static_cast<size_t>(i)], width_, &z);
-      z.push_back(1.0F);
-      put(block.exact[l], width_, &x);
-    }
-    if (x.size() >= static_cast<size_t>(kPanel * width_)) flush();
-  }
-  flush();
-  double trace = 0;
-  for (int i = 0; i < inputs; ++i) trace += zz.At(i, i);
-  // The parts of the input differ in scale: each is held by its own square.
-  for (int i = 0; i < inputs; ++i) zz.At(i, i) += kRidge * (zz.At(i, i) + 1e-3 * trace / inputs);
-  KV_ASSIGN_OR_RETURN(const Matrix solved, kernels::SolvePositive(std::move(zz), std::move(xz)));
-  for (int c = 0; c < width_; ++c) {
-    for (int i = 0; i < of.inputs; ++i) of.predictor.push_back(Rounded(solved.At(c, i)));
-    of.bias.push_back(static_cast<float>(solved.At(c, of.inputs)));
-  }
-  KV_ASSIGN_OR_RETURN(const Matrix covariance, LeftOver(layer));
-  KV_RETURN_IF_ERROR(Transform(covariance, weights_[l], &of));
-  CodeAll(layer);
-  return OkStatus();
-}
-
-// Covariance of what the prediction leaves.
-Result<Matrix> Calibrator::LeftOver(int layer) {
-  const auto l = static_cast<size_t>(layer);
-  Matrix covariance(width_, width_);
-  const KltCoder coder(&model_, &pack_, 0);
-  std::vector<float> predicted;
-  std::vector<float> left;
-  int counted = 0;
-  const auto flush = [&] {
-    const int rows = static_cast<int>(left.size()) / width_;
-    kernels::AddProducts(left.data(), left.data(), rows, width_, width_, &covariance);
-    counted += rows;
-    left.clear();
-  };
-  for (const Block& block : blocks_) {
-    coder.Predict(layer, coder.Embeddings(block.tokens), block.decoded, &predicted);
-    for (size_t i = static_cast<size_t>(block.sinks * width_); i < predicted.size(); ++i) {
-      left.push_back(block.exact[l][i] - predicted[i]);
-    }
-    if (left.size() >= static_cast<size_t>(kPanel * width_)) flush();
-  }
-  flush();
-  for (double& value : covariance.values) value /= counted;
-  return covariance;
-}
-
-// The transform in which an error of any coefficient costs the same, and whose coefficients do not
-// correlate: eigenvectors of root * covariance * root, with root the weight's square root.
-Status Calibrator::Transform(const Matrix& covariance, const Matrix& weight, KltLayer* of) const {
-  KV_ASSIGN_OR_RETURN(const kernels::Eigen eigen, kernels::SymmetricEigen(weight));
-  const auto power = [&](double exponent) {
-    Matrix scaled = eigen.vectors;
-    for (int i = 0; i < width_; ++i) {
-      const double value =
-          std::max(eigen.values[static_cast<size_t>(i)], eigen.values.back() * 1e-9);
-      for (int c = 0; c < width_; ++c) scaled.At(i, c) *= std::pow(value, exponent);
-    }
-    Matrix turned(width_, width_);
-    for (int i = 0; i < width_; ++i) {
-      for (int c = 0; c < width_; ++c) turned.At(c, i) = eigen.vectors.At(i, c);
-    }
-    return kernels::Product(turned, scaled);
-  };
-  const Matrix root = power(0.5);
-  KV_ASSIGN_OR_RETURN(const kernels::Eigen parts, kernels::SymmetricEigen(kernels::Product(
-                                                      kernels::Product(root, covariance), root)));
-  const Matrix synthesis = kernels::ProductTransposed(power(-0.5), parts.vectors);
-  for (const double value : synthesis.values) of->synthesis.push_back(Rounded(value));
-  for (const double value : parts.values) {
-    of->deviation[0].push_back(static_cast<float>(std::sqrt(std::max(value, 0.0))));
-  }
-  KV_ASSIGN_OR_RETURN(of->analysis, AnalysisOf(of->synthesis, width_));
-  return OkStatus();
-}
-
-// Decodes a layer of everything, for the layers above it.
-void Calibrator::CodeAll(int layer) {
-  const auto l = static_cast<size_t>(layer);
-  const KltCoder coder(&model_, &pack_, 0);
-  KltCoder::LayerCode code;
-  for (Block& block : blocks_) {
-    coder.CodeLayer(layer, coder.Embeddings(block.tokens), block.exact[l], block.sinks,
-                    &block.decoded, &code);
-    if (layer >= kKltBelow) block.decoded[l - kKltBelow] = {};
-    if (!block.sample) block.exact[l] = {};
-  }
-}
-
-// Codes the sample from the first layer up at several steps, each twice: what the layers below
-// leave depends on the step, first seen with the deviations of the step that the pack was fitted
-// at, then with those found. The second time counts.
-void Calibrator::MeasureSteps() {
-  pack_.cuts.clear();
-  for (const float by : kTried) pack_.cuts.push_back({"", step_ * by, 0});
-  for (KltLayer& layer : pack_.layers)
-    layer.deviation.assign(pack_.cuts.size(), layer.deviation[0]);
-  KltCoder::LayerCode code;
-  KltCoder::Rows decoded(pack_.layers.size());
-  for (size_t cut = 0; cut < pack_.cuts.size(); ++cut) {
-    for (const bool counts : {false, true}) {
-      const KltCoder coder(&model_, &pack_, cut);
-      std::vector<std::vector<double>> squares(pack_.layers.size(),
-                                               std::vector<double>(static_cast<size_t>(width_)));
-      int64_t tokens = 0;
-      for (const Block& block : blocks_) {
-        if (!block.sample) continue;
-        const std::vector<float> embeddings = coder.Embeddings(block.tokens);
-        for (int layer = 0; layer < config_.layers; ++layer) {
-          const auto l = static_cast<size_t>(layer);
-          coder.CodeLayer(layer, embeddings, block.exact[l], block.sinks, &decoded, &code);
-          if (counts) Count(layer, coder, code, block.sinks);
-          for (size_t i = static_cast<size_t>(block.sinks * width_); i < code.coefficients.size();
-               ++i) {
-            squares[l][i % static_cast<size_t>(width_)] += std::pow(code.coefficients[i], 2);
-          }
-        }
-        tokens += kBlockTokens - block.sinks;
-      }
-      if (counts) continue;
-      for (size_t l = 0; l < pack_.layers.size(); ++l) {
-        for (size_t c = 0; c < squares[l].size(); ++c) {
-          pack_.layers[l].deviation[cut][c] = static_cast<float>(
-              std::sqrt(squares[l][c] / static_cast<double>(tokens)) * pack_.cuts[cut].step);
-        }
-      }
-    }
-  }
-}
-
-void Calibrator::Count(int layer, const KltCoder& coder, const KltCoder::LayerCode& code,
-                       int sinks) {
-  for (size_t i = static_cast<size_t>(sinks * width_); i < code.levels.size(); ++i) {
-    const KltPlace& place = coder.place(layer, static_cast<int>(i) % width_);
-    if (place.table < 0) continue;
-    const auto table = static_cast<size_t>(place.table);
-    ++counts_[table][coder.SymbolOf(code.levels[i], place).symbol];
-    const int32_t magnitude = std::abs(code.levels[i]);
-    if (magnitude == 0 || place.low_bits > 0) continue;
-    Centroid& sum = centroids_[table][magnitude == 1 ? 0 : 1];
-    sum.total += magnitude - static_cast<double>(std::abs(code.coefficients[i]));
-    ++sum.count;
-  }
-}
-
-void Calibrator::MakeTables() {
-  for (size_t table = 0; table < kKltTables; ++table) {
-    auto& counts = counts_[table];
-    counts[0] += 1;
-    counts[kKltSymbols - 1] += 1;
-    pack_.tables.push_back(kernels::RansTable::FromCounts(counts));
-    for (size_t kind = 0; kind < 2; ++kind) {
-      const Centroid& sum = centroids_[table][kind];
-      // Few give no mean.
-      pack_.centroid[table][kind] =
-          sum.count < 50 ? 0.0F : static_cast<float>(sum.total / static_cast<double>(sum.count));
-    }
-  }
-}
-
-Result<Sequence> Calibrator::Coded(std::span<const int32_t> tokens, const Sequence& exact,
-                                   size_t cut, double* bytes) const {
-  const KltCoder coder(&model_, &pack_, cut);
-  Sequence made;
-  for (size_t b = 0; b < exact.size(); ++b) {
+Result<Sequence> Calibrator::Coded(const KltCoder& coder, std::span<const int32_t> tokens,
+                                   const Sequence& exact, double* bytes) const {
+  Sequence made(exact.size());
+  std::vector<Status> status(exact.size());
+  std::vector<size_t> size(exact.size());
+  pool_->ParallelFor(static_cast<int>(exact.size()), [&](int piece) {
+    const auto b = static_cast<size_t>(piece);
     const auto block = tokens.subspan(b * kBlockTokens, kBlockTokens);
-    const int position = static_cast<int>(b) * kBlockTokens;
-    std::vector<std::byte> coded;
-    coder.Encode(block, position, exact[b], &coded, nullptr);
-    *bytes += static_cast<double>(coded.size());
-    KV_RETURN_IF_ERROR(coder.Decode(block, position, coded, &made.emplace_back()));
+    const int position = piece * kBlockTokens;
+    KltCoder::Extents extents;
+    coder.Encode(block, position, exact[b], &extents);
+    KltReader reader(&coder, block, position);
+    for (size_t group = 0; group < coder.groups() && status[b].ok(); ++group) {
+      std::vector<std::span<const std::byte>> of_group;
+      for (const auto& of_cut : extents) {
+        of_group.emplace_back(of_cut[group]);
+        size[b] += of_cut[group].size();
+      }
+      status[b] = reader.Read(group, of_group, &made[b]);
+    }
+  });
+  for (size_t b = 0; b < exact.size(); ++b) {
+    KV_RETURN_IF_ERROR(status[b]);
+    *bytes += static_cast<double>(size[b]);
   }
   return made;
+}
+
+Result<std::vector<Calibrator::Point>> Calibrator::Measure(
+    std::span<const std::vector<size_t>> cuts) {
+  std::vector<Point> points(cuts.size());
+  double elements = 0;
+  for (const Probe& probe : probes_) {
+    std::vector<Sequence> forms;
+    for (size_t i = 0; i < cuts.size(); ++i) {
+      const KltCoder coder(&model_, &pack_, cuts[i]);
+      KV_ASSIGN_OR_RETURN(Sequence form, Coded(coder, probe.prefix, probe.exact, &points[i].bits));
+      forms.push_back(std::move(form));
+    }
+    KV_ASSIGN_OR_RETURN(const std::vector<double> found, Kl(probe.suffix, probe.exact, forms));
+    for (size_t i = 0; i < cuts.size(); ++i)
+      points[i].mean_kl += found[i] / static_cast<double>(probes_.size());
+    elements += static_cast<double>(probe.prefix.size()) * config_.layers * width_;
+  }
+  for (Point& point : points) point.bits *= 8 / elements;
+  return points;
 }
 
 // Measures steps around the one that the pack was made at, and takes those that cost what is aimed
 // at, between them as powers of each other.
 Status Calibrator::ChooseCuts() {
-  std::array<double, std::size(kTried)> kl{};
-  std::array<double, std::size(kTried)> bytes{};
-  double elements = 0;
-  for (const Probe& probe : probes_) {
-    std::vector<Sequence> forms;
-    for (size_t i = 0; i < kl.size(); ++i) {
-      KV_ASSIGN_OR_RETURN(Sequence form, Coded(probe.prefix, probe.exact, i, &bytes[i]));
-      forms.push_back(std::move(form));
-    }
-    KV_ASSIGN_OR_RETURN(const std::vector<double> found, Kl(probe.suffix, probe.exact, forms));
-    for (size_t i = 0; i < kl.size(); ++i) kl[i] += found[i] / static_cast<double>(probes_.size());
-    elements += static_cast<double>(probe.prefix.size()) * config_.layers * width_;
-  }
-  for (size_t i = 0; i < kl.size(); ++i) {
-    spdlog::info("step {:.4g}: {:.3f} bits an element, mean KL {:.2e}", step_ * kTried[i],
-                 8 * bytes[i] / elements, kl[i]);
-  }
+  std::vector<std::vector<size_t>> each;
+  for (size_t i = 0; i < pack_.cuts.size(); ++i) each.push_back({i});
+  KV_ASSIGN_OR_RETURN(const std::vector<Point> points, Measure(each));
+  for (size_t i = 0; i < points.size(); ++i)
+    Tell(fmt::format("step {:.4g}", pack_.cuts[i].step), points[i]);
   std::vector<KltCut> cuts;
-  std::vector<std::vector<std::vector<float>>> deviations(pack_.layers.size());
   for (const auto& [name, aim] : kCuts) {
     // What was not measured on both sides is not said.
-    if (aim < kl.front() || aim > kl.back()) continue;
+    if (aim < points.front().mean_kl || aim > points.back().mean_kl) continue;
     size_t i = 1;
-    while (kl[i] < aim) ++i;
-    const double low = std::log(std::max(kl[i - 1], 1e-12));
-    const double high = std::log(std::max(kl[i], 1e-12));
+    while (points[i].mean_kl < aim) ++i;
+    const double low = std::log(std::max(points[i - 1].mean_kl, 1e-12));
+    const double high = std::log(std::max(points[i].mean_kl, 1e-12));
     const double share = high > low ? (std::log(aim) - low) / (high - low) : 0.5;
-    const auto between = [share](float a, float b) {
-      return static_cast<float>(std::pow(a, 1 - share) * std::pow(b, share));
-    };
-    const float step = between(pack_.cuts[i - 1].step, pack_.cuts[i].step);
+    const auto step = static_cast<float>(std::pow(pack_.cuts[i - 1].step, 1 - share) *
+                                         std::pow(pack_.cuts[i].step, share));
     if (!cuts.empty() && step <= cuts.back().step) continue;
     cuts.push_back({std::string(name), step, static_cast<float>(aim)});
-    for (size_t l = 0; l < pack_.layers.size(); ++l) {
-      const auto& measured = pack_.layers[l].deviation;
-      std::vector<float>& made = deviations[l].emplace_back();
-      for (size_t c = 0; c < measured[i].size(); ++c) {
-        made.push_back(between(measured[i - 1][c], measured[i][c]));
-      }
-    }
+  }
+  if (cuts.empty()) {
+    return InvalidArgument(
+        "{}: no step between {:.2g} and {:.2g} costs from {} to {} nats: is this a trained model?",
+        options_.model, pack_.cuts.front().step, pack_.cuts.back().step, kCuts[0].second,
+        kCuts[std::size(kCuts) - 1].second);
   }
   pack_.cuts = std::move(cuts);
-  for (size_t l = 0; l < pack_.layers.size(); ++l)
-    pack_.layers[l].deviation = std::move(deviations[l]);
-  if (!pack_.cuts.empty()) return OkStatus();
-  return InvalidArgument(
-      "{}: no step between {:.2g} and {:.2g} costs from {} to {} nats: is this a trained model?",
-      options_.model, step_ * kTried[0], step_ * kTried[std::size(kTried) - 1], kCuts[0].second,
-      kCuts[std::size(kCuts) - 1].second);
+  for (const std::string_view name : kRefining) {
+    const Result<size_t> cut = pack_.FindCut(name);
+    if (cut.ok()) pack_.refining.push_back(*cut);
+  }
+  return OkStatus();
+}
+
+// Tables of refinements, and what the cuts cost in the end, each alone and as refinements.
+Status Calibrator::FinishCuts() {
+  std::vector<std::vector<size_t>> chains;
+  for (size_t cut = 0; cut < pack_.cuts.size(); ++cut) chains.push_back({cut});
+  const std::vector<std::vector<size_t>> whole = {pack_.refining};
+  fit_.Count(whole, kKltFirstTables, kKltTables - kKltFirstTables);
+  for (size_t count = 2; count <= pack_.refining.size(); ++count)
+    chains.emplace_back(pack_.refining.begin(),
+                        pack_.refining.begin() + static_cast<ptrdiff_t>(count));
+  KV_ASSIGN_OR_RETURN(const std::vector<Point> points, Measure(chains));
+  for (size_t i = 0; i < chains.size(); ++i) {
+    KltCut& cut = pack_.cuts[chains[i].back()];
+    Tell(chains[i].size() == 1 ? cut.name : cut.name + ", refined", points[i]);
+    // What is declared holds for both.
+    const auto found = static_cast<float>(points[i].mean_kl);
+    cut.mean_kl = chains[i].size() == 1 ? found : std::max(cut.mean_kl, found);
+  }
+  return OkStatus();
 }
 
 Result<KltPack> Calibrator::Run() {
+  pack_.width = width_;
+  pack_.hidden = config_.hidden;
+  pack_.layers = config_.layers;
+  pack_.groups = KltGroups(config_);
+  pack_.model = ToHex(model_.digest());
   KV_RETURN_IF_ERROR(Collect());
   Say("collected");
   KV_RETURN_IF_ERROR(ScaleWeights());
-  pack_.width = width_;
-  pack_.hidden = config_.hidden;
-  pack_.model = ToHex(model_.digest());
   pack_.calibrated_on = fmt::format("{} tokens of {}", tokens(), fmt::join(options_.texts, ", "));
-  pack_.cuts = {{"", step_, 0}};
-  for (int layer = 0; layer < config_.layers; ++layer) {
-    KV_RETURN_IF_ERROR(FitLayer(layer));
-    Say("fitted a layer");
+  for (const Matrix& weight : weights_) {
+    std::vector<float>& rounded = pack_.weights.emplace_back();
+    for (const double value : weight.values)
+      rounded.push_back(kernels::FromBf16(kernels::ToBf16(static_cast<float>(value))));
   }
-  MeasureSteps();
-  MakeTables();
-  Say("measured other steps");
+  pack_.sink_step = kSinkStep * step_;
+  KV_RETURN_IF_ERROR(fit_.FitBases(kSourceStep * step_, kLeast * step_));
+  Say("fitted the transforms");
+  pack_.cuts.clear();
+  std::vector<std::vector<size_t>> each;
+  for (const float by : kTried) {
+    each.push_back({pack_.cuts.size()});
+    pack_.cuts.push_back({"", step_ * by, 0});
+  }
+  fit_.Count(each, 0, kKltFirstTables);
+  Say("counted levels");
   KV_RETURN_IF_ERROR(ChooseCuts());
+  KV_RETURN_IF_ERROR(FinishCuts());
   Say("chose the cuts");
-  KV_RETURN_IF_ERROR(SaveKltPack(options_.out, &pack_));
+  KV_RETURN_IF_ERROR(SaveKltPack(options_.out, model_, &pack_));
   return std::move(pack_);
 }
 

@@ -269,7 +269,7 @@ Result<int> Eval(const EvalOptions& options) {
   KV_RETURN_IF_ERROR(CheckSizes(options, model->config()));
   std::shared_ptr<const KltPack> pack;
   if (!options.pack.empty()) {
-    KV_ASSIGN_OR_RETURN(KltPack loaded, LoadKltPack(options.pack));
+    KV_ASSIGN_OR_RETURN(KltPack loaded, LoadKltPack(options.pack, *model));
     pack = std::make_shared<const KltPack>(std::move(loaded));
   }
   Calibration calibration;

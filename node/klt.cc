@@ -1,101 +1,12 @@
 #include "node/klt.h"
 
 #include <algorithm>
-#include <cmath>
+#include <array>
 #include <utility>
 
-#include "base/bytes.h"
 #include "base/check.h"
-#include "kernels/dense_algebra.h"
-#include "kernels/float_formats.h"
-#include "kernels/implementation.h"
 
 namespace kvant::node {
-namespace {
-
-// Rounding towards zero a little earlier than to the nearest costs less than the bits it saves.
-constexpr float kDeadZone = 0.14F;  // between 0 and 1
-constexpr float kDeadZoneOfLarger = 0.06F;
-// A larger level would be clamped: 2^20 steps are beyond what a float's mantissa tells apart.
-constexpr float kLargestLevel = 1 << 20;
-constexpr int kEscapeBits = 22;  // of what follows a last symbol
-
-int32_t Round(float x) {
-  const float magnitude = std::min(std::abs(x), kLargestLevel);
-  const float dead = magnitude < 1.5F ? kDeadZone : kDeadZoneOfLarger;
-  const auto level = static_cast<int32_t>(std::max(0.0F, std::floor(magnitude + 0.5F - dead)));
-  return x < 0 ? -level : level;
-}
-
-// 0, 1, -1, 2, -2, ... and back.
-uint32_t Folded(int32_t level) {
-  return level > 0 ? 2 * static_cast<uint32_t>(level) - 1 : 2 * static_cast<uint32_t>(-level);
-}
-int32_t Unfolded(uint32_t folded) {
-  return (folded & 1U) != 0 ? static_cast<int32_t>((folded + 1) / 2)
-                            : -static_cast<int32_t>(folded / 2);
-}
-
-// Bits, the lowest first.
-class BitWriter {
- public:
-  void Put(uint32_t value, int bits) {
-    held_ |= static_cast<uint64_t>(value) << count_;
-    count_ += bits;
-    while (count_ >= 8) {
-      bytes_.push_back(static_cast<std::byte>(held_ & 0xFFU));
-      held_ >>= 8U;
-      count_ -= 8;
-    }
-  }
-  std::vector<std::byte> Take() {
-    if (count_ > 0) bytes_.push_back(static_cast<std::byte>(held_ & 0xFFU));
-    return std::move(bytes_);
-  }
-
- private:
-  uint64_t held_ = 0;
-  int count_ = 0;
-  std::vector<std::byte> bytes_;
-};
-
-class BitReader {
- public:
-  explicit BitReader(std::span<const std::byte> bytes) : bytes_(bytes) {}
-  // 0 beyond the end, which overrun() tells.
-  uint32_t Take(int bits) {
-    while (count_ < bits) {
-      const uint64_t next = at_ < bytes_.size() ? static_cast<uint64_t>(bytes_[at_]) : 0;
-      ++at_;
-      held_ |= next << count_;
-      count_ += 8;
-    }
-    const auto value = static_cast<uint32_t>(held_ & ((uint64_t{1} << bits) - 1));
-    held_ >>= bits;
-    count_ -= bits;
-    return value;
-  }
-  // Whether exactly all bytes were taken.
-  bool AtEnd() const { return at_ == bytes_.size(); }
-  bool overrun() const { return at_ > bytes_.size(); }
-
- private:
-  std::span<const std::byte> bytes_;
-  size_t at_ = 0;
-  uint64_t held_ = 0;
-  int count_ = 0;
-};
-
-Status Malformed(std::string_view what) {
-  return DataLoss("a klt block: {}; was it coded with another pack or step?", what);
-}
-
-}  // namespace
-
-int StateWidth(const ModelConfig& config) {
-  const kernels::LayerShape state = config.StateShape(1);
-  return state.keys.kv_heads * state.keys.head_dim + state.values.kv_heads * state.values.head_dim;
-}
 
 void GatherState(const Model& model, int layer, int position, int tokens, const float* keys,
                  const float* values, float* rows) {
@@ -128,33 +39,13 @@ void ScatterState(const Model& model, int layer, int position, int tokens, const
   }
 }
 
-KltPlace PlaceOf(float deviation, float step) {
-  if (!(deviation > 0)) return {};
-  // floor(4 log2(deviation / step) + 1/2) without a logarithm, whose last bits differ between
-  // libraries: 2^(-7/8), 2^(-5/8), 2^(-3/8) and 2^(-1/8) part a mantissa from 1/2 to 1.
-  constexpr float kParts[] = {0x1.172b84p-1F, 0x1.4bfdaep-1F, 0x1.8ace54p-1F, 0x1.d5818ep-1F};
-  int exponent = 0;
-  const float mantissa = std::frexp(deviation / step, &exponent);
-  int quarter = 4 * exponent - 4;
-  for (const float part : kParts) quarter += mantissa >= part ? 1 : 0;
-  if (quarter < 4 * kKltLowest) return {};
-  if (quarter < 4 * kKltHighest) return {quarter - 4 * kKltLowest, 0};
-  // Of the shared ones, whose symbols stand for a span that grows with the deviation.
-  const int above = quarter - 4 * kKltHighest;
-  return {4 * (kKltHighest - kKltLowest) + above % 4, 1 + above / 4};
-}
-
-KltCoder::KltCoder(const Model* model, const KltPack* pack, size_t cut)
-    : model_(*model), pack_(*pack), step_(pack->cuts[cut].step) {
-  for (const KltLayer& layer : pack_.layers) {
-    for (const float deviation : layer.deviation[cut]) {
-      places_.push_back(PlaceOf(deviation, step_));
-      coded_ += places_.back().table >= 0 ? 1 : 0;
-    }
+KltCoder::KltCoder(const Model* model, const KltPack* pack, std::vector<size_t> cuts)
+    : model_(*model), pack_(*pack), cuts_(std::move(cuts)), levels_(pack->statistics) {
+  KV_CHECK(!cuts_.empty());
+  for (size_t i = 0; i < cuts_.size(); ++i) {
+    KV_CHECK(cuts_[i] < pack_.cuts.size());
+    KV_CHECK(cuts_.size() == 1 || (i < pack_.refining.size() && cuts_[i] == pack_.refining[i]));
   }
-  if (pack_.tables.empty()) return;  // under calibration
-  encode_tables_.Assign(pack_.tables);
-  decode_tables_.Assign(pack_.tables);
 }
 
 std::vector<float> KltCoder::Embeddings(std::span<const int32_t> tokens) const {
@@ -166,185 +57,210 @@ std::vector<float> KltCoder::Embeddings(std::span<const int32_t> tokens) const {
   return out;
 }
 
-KltCoder::Symbol KltCoder::SymbolOf(int32_t level, const KltPlace& place) const {
-  const uint32_t folded = Folded(level);
-  Symbol cut;
-  cut.high = folded >> place.low_bits;
-  cut.symbol = static_cast<uint8_t>(std::min<uint32_t>(cut.high, kKltSymbols - 1));
-  cut.low = folded & ((1U << place.low_bits) - 1);
-  // What calibration never saw has no frequency.
-  if (!pack_.tables.empty() &&
-      pack_.tables[static_cast<size_t>(place.table)].frequency(cut.symbol) == 0) {
-    cut.symbol = kKltSymbols - 1;
-  }
-  return cut;
-}
-
-void KltCoder::Predict(int layer, std::span<const float> embeddings, const Rows& decoded,
-                       std::vector<float>* predicted) const {
-  const KltLayer& of = pack_.layers[static_cast<size_t>(layer)];
-  const int width = pack_.width;
-  std::vector<float> inputs(static_cast<size_t>(kBlockTokens) * static_cast<size_t>(of.inputs));
-  float* row = inputs.data();
-  predicted->clear();
-  for (int token = 0; token < kBlockTokens; ++token) {
-    row = std::copy_n(embeddings.data() + static_cast<ptrdiff_t>(token) * pack_.hidden,
-                      pack_.hidden, row);
-    for (int i = 1; i <= std::min(layer, kKltBelow); ++i) {
-      const std::vector<float>& below = decoded[static_cast<size_t>(layer - i)];
-      row = std::copy_n(below.data() + static_cast<ptrdiff_t>(token) * width, width, row);
+std::vector<float> KltCoder::Inputs(size_t group, std::span<const float> embeddings,
+                                    std::span<const std::vector<float>> first) const {
+  const auto hidden = static_cast<size_t>(pack_.hidden);
+  std::vector<float> inputs;
+  inputs.reserve(static_cast<size_t>(kBlockTokens * pack_.bases[group].inputs));
+  for (size_t token = 0; token < kBlockTokens; ++token) {
+    const auto add = [&](std::span<const float> from, size_t stride, size_t count) {
+      const auto at = from.begin() + static_cast<ptrdiff_t>(token * stride);
+      inputs.insert(inputs.end(), at, at + static_cast<ptrdiff_t>(count));
+    };
+    add(embeddings, hidden, hidden);
+    for (const int of : pack_.groups[group].sources) {
+      const auto source = static_cast<size_t>(of);
+      const auto count = static_cast<size_t>(SourceCoefficients(pack_.bases[source]));
+      add(first[source], count, count);
     }
-    predicted->insert(predicted->end(), of.bias.begin(), of.bias.end());
   }
-  kernels::Multiply(inputs.data(), kBlockTokens, of.inputs, of.predictor.data(), width, true,
-                    predicted->data());
+  return inputs;
 }
 
-void KltCoder::AddDecoded(int layer, std::span<const int32_t> levels,
-                          std::vector<float>* rows) const {
-  const KltLayer& of = pack_.layers[static_cast<size_t>(layer)];
-  const auto width = static_cast<size_t>(pack_.width);
-  std::vector<float> coefficients(levels.size());
-  const KltPlace* places = places_.data() + static_cast<size_t>(layer) * width;
-  for (size_t i = 0; i < levels.size(); ++i) {
-    const int32_t level = levels[i];
-    if (level == 0) continue;
-    const KltPlace& place = places[i % width];
-    const bool one = level == 1 || level == -1;
-    const float towards =
-        place.low_bits > 0 ? 0.0F : pack_.centroid[static_cast<size_t>(place.table)][one ? 0 : 1];
-    coefficients[i] = step_ * (static_cast<float>(level) + (level > 0 ? -towards : towards));
-  }
-  kernels::Multiply(coefficients.data(), kBlockTokens, pack_.width, of.synthesis.data(),
-                    pack_.width, true, rows->data());
+std::vector<float> KltCoder::Predict(size_t group, std::span<const float> inputs,
+                                     int position) const {
+  const KltBasis& basis = pack_.bases[group];
+  std::vector<float> rows(static_cast<size_t>(kBlockTokens * basis.width));
+  kernels::OrderedMultiply(basis.predictor, inputs.data(), kBlockTokens, basis.bias.data(),
+                           rows.data());
+  if (position == 0) std::copy(basis.sink_bias.begin(), basis.sink_bias.end(), rows.begin());
+  return rows;
 }
 
-void KltCoder::CodeLayer(int layer, std::span<const float> embeddings, std::span<const float> exact,
-                         int sinks, Rows* decoded, LayerCode* code) const {
-  const KltLayer& of = pack_.layers[static_cast<size_t>(layer)];
-  const auto width = static_cast<size_t>(pack_.width);
-  std::vector<float>& rows = (*decoded)[static_cast<size_t>(layer)];
-  Predict(layer, embeddings, *decoded, &rows);
-  std::vector<float> residual(rows.size());
-  for (size_t i = 0; i < rows.size(); ++i) residual[i] = (exact[i] - rows[i]) / step_;
-  code->coefficients.resize(rows.size());
-  kernels::Multiply(residual.data(), kBlockTokens, pack_.width, of.analysis.data(), pack_.width,
-                    false, code->coefficients.data());
-  code->levels.assign(rows.size(), 0);
-  const KltPlace* places = places_.data() + static_cast<size_t>(layer) * width;
-  for (size_t i = static_cast<size_t>(sinks) * width; i < rows.size(); ++i) {
-    if (places[i % width].table >= 0) code->levels[i] = Round(code->coefficients[i]);
+void KltCoder::PlacesOf(size_t group, size_t cut, int position, std::span<const int8_t> signs,
+                        std::vector<KltPlace>* places) const {
+  const KltBasis& basis = pack_.bases[group];
+  const size_t count = Coefficients(group);
+  const float step = this->cut(cut).step;
+  // Of one token, by whether earlier cuts found something.
+  std::array<std::vector<KltPlace>, 2> of_token;
+  for (const bool significant : {false, true}) {
+    for (const float deviation : basis.deviation) {
+      of_token[significant ? 1 : 0].push_back(
+          cut == 0 ? FirstPlace(deviation, step)
+                   : RefinedPlace(static_cast<int>(cut), significant, deviation, step));
+    }
   }
-  AddDecoded(layer, code->levels, &rows);
-  for (size_t i = 0; i < static_cast<size_t>(sinks) * width; ++i) {
-    rows[i] = kernels::FromBf16(kernels::ToBf16(exact[i]));
+  places->clear();
+  for (size_t token = 0; token < Sinks(position); ++token) {
+    // The first cut says all there is of a sink.
+    for (const float deviation : basis.sink_deviation[token == 0 ? 0 : 1])
+      places->push_back(cut == 0 ? FirstPlace(deviation, pack_.sink_step) : KltPlace{});
+  }
+  while (places->size() < kBlockTokens * count) {
+    if (cut == 0) {
+      places->insert(places->end(), of_token[0].begin(), of_token[0].end());
+      continue;
+    }
+    for (size_t c = 0; c < count; ++c)
+      places->push_back(of_token[signs[places->size()] != 0 ? 1 : 0][c]);
+  }
+}
+
+void KltCoder::Refine(size_t group, size_t cut, int position, std::span<const KltPlace> places,
+                      std::span<const int32_t> levels, std::vector<float>* values,
+                      std::vector<int8_t>* signs) const {
+  const float step = this->cut(cut).step;
+  const size_t sinks_end = Sinks(position) * Coefficients(group);
+  for (size_t i = 0; i < places.size(); ++i) {
+    if (places[i].table < 0) continue;
+    const float value =
+        levels_.Value(levels[i], places[i]) * (i < sinks_end ? pack_.sink_step : step);
+    int8_t& sign = (*signs)[i];
+    // What refines a level counts away from zero.
+    (*values)[i] += sign < 0 ? -value : value;
+    if (sign == 0) sign = static_cast<int8_t>((levels[i] > 0 ? 1 : 0) - (levels[i] < 0 ? 1 : 0));
+  }
+}
+
+std::vector<float> KltCoder::Leading(size_t group, std::span<const float> values) const {
+  const auto count = static_cast<size_t>(SourceCoefficients(pack_.bases[group]));
+  std::vector<float> leading;
+  leading.reserve(kBlockTokens * count);
+  for (size_t i = 0; i < values.size(); i += Coefficients(group)) {
+    const auto at = values.begin() + static_cast<ptrdiff_t>(i);
+    leading.insert(leading.end(), at, at + static_cast<ptrdiff_t>(count));
+  }
+  return leading;
+}
+
+std::vector<float> KltCoder::Gathered(size_t group, const Rows& rows) const {
+  const auto width = static_cast<size_t>(pack_.width);
+  std::vector<float> together;
+  together.reserve(static_cast<size_t>(kBlockTokens * pack_.bases[group].width));
+  for (size_t token = 0; token < kBlockTokens; ++token) {
+    for (const int layer : pack_.groups[group].layers) {
+      const auto at =
+          rows[static_cast<size_t>(layer)].begin() + static_cast<ptrdiff_t>(token * width);
+      together.insert(together.end(), at, at + static_cast<ptrdiff_t>(width));
+    }
+  }
+  return together;
+}
+
+void KltCoder::CodeGroup(size_t group, int position, std::span<const float> left, Code* code,
+                         const Watch* watch) const {
+  const KltBasis& basis = pack_.bases[group];
+  const size_t count = Coefficients(group);
+  const size_t size = kBlockTokens * count;
+  const size_t sinks_end = Sinks(position) * count;
+  code->coefficients.resize(size);
+  kernels::OrderedMultiply(basis.analysis, left.data(), kBlockTokens, nullptr,
+                           code->coefficients.data());
+  code->places.resize(cuts());
+  code->levels.resize(cuts());
+  code->values.assign(size, 0);
+  std::vector<int8_t> signs(size);
+  for (size_t cut = 0; cut < cuts(); ++cut) {
+    const float step = this->cut(cut).step;
+    std::vector<KltPlace>& places = code->places[cut];
+    std::vector<int32_t>& levels = code->levels[cut];
+    PlacesOf(group, cut, position, signs, &places);
+    levels.assign(size, 0);
+    code->rounded.assign(size, 0);
+    for (size_t i = 0; i < size; ++i) {
+      const float away = code->coefficients[i] - code->values[i];
+      code->rounded[i] = (signs[i] < 0 ? -away : away) / (i < sinks_end ? pack_.sink_step : step);
+      if (places[i].table >= 0) levels[i] = levels_.Round(code->rounded[i], places[i]);
+    }
+    if (watch != nullptr) (*watch)(cut, *code);
+    Refine(group, cut, position, places, levels, &code->values, &signs);
+    if (cut == 0) code->first = Leading(group, code->values);
   }
 }
 
 void KltCoder::Encode(std::span<const int32_t> tokens, int position, const Rows& exact,
-                      std::vector<std::byte>* out, Rows* decoded) const {
-  const int sinks = position == 0 ? kKltExactTokens : 0;
-  const auto width = static_cast<size_t>(pack_.width);
+                      Extents* extents) const {
   const std::vector<float> embeddings = Embeddings(tokens);
-  Rows made;
-  if (decoded == nullptr) decoded = &made;
-  decoded->resize(pack_.layers.size());
-  std::vector<uint8_t> symbols;
-  std::vector<uint8_t> tables;
-  symbols.reserve(coded_ * kBlockTokens);
-  tables.reserve(coded_ * kBlockTokens);
-  BitWriter low;
-  LayerCode code;
-  std::vector<std::byte> exact_bytes;
-  for (size_t layer = 0; layer < pack_.layers.size(); ++layer) {
-    CodeLayer(static_cast<int>(layer), embeddings, exact[layer], sinks, decoded, &code);
-    const KltPlace* places = places_.data() + layer * width;
-    const size_t first = static_cast<size_t>(sinks) * width;
-    for (size_t i = first; i < code.levels.size(); ++i) {
-      const KltPlace& place = places[i % width];
-      if (place.table < 0) continue;
-      const Symbol cut = SymbolOf(code.levels[i], place);
-      symbols.push_back(cut.symbol);
-      tables.push_back(static_cast<uint8_t>(place.table));
-      if (cut.symbol == kKltSymbols - 1) low.Put(cut.high, kEscapeBits);
-      if (place.low_bits > 0) low.Put(cut.low, place.low_bits);
-    }
-    const size_t at = exact_bytes.size();
-    exact_bytes.resize(at + first * sizeof(uint16_t));
-    for (size_t i = 0; i < first; ++i) {
-      StoreLittle(exact_bytes.data() + at + i * sizeof(uint16_t), kernels::ToBf16(exact[layer][i]));
-    }
+  std::vector<std::vector<float>> first;
+  extents->assign(cuts(), std::vector<std::vector<std::byte>>(groups()));
+  Code code;
+  for (size_t group = 0; group < groups(); ++group) {
+    std::vector<float> left = Gathered(group, exact);
+    const std::vector<float> predicted = Predict(group, Inputs(group, embeddings, first), position);
+    for (size_t i = 0; i < left.size(); ++i) left[i] -= predicted[i];
+    CodeGroup(group, position, left, &code, nullptr);
+    first.push_back(std::move(code.first));
+    for (size_t cut = 0; cut < cuts(); ++cut)
+      levels_.Write(code.levels[cut], code.places[cut], &(*extents)[cut][group]);
   }
-  // [bytes of the symbols][exact tokens][symbols][low bits]
-  std::vector<std::byte> stream;
-  kernels::RansEncode(kernels::ActiveImplementation(), encode_tables_, tables.data(), symbols,
-                      &stream);
-  std::byte length[sizeof(uint32_t)];
-  StoreLittle(length, static_cast<uint32_t>(stream.size()));
-  const std::vector<std::byte> rest = low.Take();
-  out->insert(out->end(), std::begin(length), std::end(length));
-  out->insert(out->end(), exact_bytes.begin(), exact_bytes.end());
-  out->insert(out->end(), stream.begin(), stream.end());
-  out->insert(out->end(), rest.begin(), rest.end());
 }
 
-Status KltCoder::Decode(std::span<const int32_t> tokens, int position,
-                        std::span<const std::byte> bytes, Rows* decoded) const {
-  const int sinks = position == 0 ? kKltExactTokens : 0;
-  const auto width = static_cast<size_t>(pack_.width);
-  const size_t first = static_cast<size_t>(sinks) * width;
-  const size_t size = kBlockTokens * width;
-  const size_t layers = pack_.layers.size();
-  const size_t sink_bytes = layers * first * sizeof(uint16_t);
-  if (bytes.size() < sizeof(uint32_t) + sink_bytes) return Malformed("it is too short");
-  const auto stream_bytes = LoadLittle<uint32_t>(bytes.data());
-  const auto exact = bytes.subspan(sizeof(uint32_t), sink_bytes);
-  const auto coded = bytes.subspan(sizeof(uint32_t) + sink_bytes);
-  if (stream_bytes > coded.size()) return Malformed("its symbols end beyond it");
-  std::vector<uint8_t> tables;
-  tables.reserve(coded_ * kBlockTokens);
-  for (size_t layer = 0; layer < layers; ++layer) {
-    for (int token = sinks; token < kBlockTokens; ++token) {
-      for (size_t c = 0; c < width; ++c) {
-        const int table = places_[layer * width + c].table;
-        if (table >= 0) tables.push_back(static_cast<uint8_t>(table));
-      }
-    }
-  }
-  std::vector<uint8_t> symbols(tables.size());
-  KV_RETURN_IF_ERROR(kernels::RansDecode(kernels::ActiveImplementation(), decode_tables_,
-                                         tables.data(), coded.first(stream_bytes), symbols));
-  BitReader low(coded.subspan(stream_bytes));
-  const std::vector<float> embeddings = Embeddings(tokens);
-  decoded->resize(layers);
+KltReader::KltReader(const KltCoder* coder, std::span<const int32_t> tokens, int position)
+    : coder_(*coder),
+      position_(position),
+      embeddings_(coder->Embeddings(tokens)),
+      first_(coder->groups()) {}
+
+Status KltReader::Read(size_t group, std::span<const std::span<const std::byte>> extents,
+                       KltCoder::Rows* rows) {
+  KV_CHECK(!extents.empty() && extents.size() <= coder_.cuts());
+  const KltPack& pack = coder_.pack();
+  const KltBasis& basis = pack.bases[group];
+  const size_t count = coder_.Coefficients(group);
+  const size_t size = kBlockTokens * count;
+  std::vector<KltPlace> places;
   std::vector<int32_t> levels(size);
-  size_t next = 0;
-  for (size_t layer = 0; layer < layers; ++layer) {
-    std::vector<float>& rows = (*decoded)[layer];
-    Predict(static_cast<int>(layer), embeddings, *decoded, &rows);
-    std::fill(levels.begin(), levels.end(), 0);
-    const KltPlace* places = places_.data() + layer * width;
-    for (size_t i = first; i < size; ++i) {
-      const KltPlace& place = places[i % width];
-      if (place.table < 0) continue;
-      uint32_t high = symbols[next++];
-      if (high >= kKltSymbols - 1) {
-        high = low.Take(kEscapeBits);
-        // Levels are at most kLargestLevel; more is garbage.
-        if (high > 2U * static_cast<uint32_t>(kLargestLevel))
-          return Malformed("a level is too large");
-      }
-      const uint32_t rest = place.low_bits > 0 ? low.Take(place.low_bits) : 0;
-      levels[i] = Unfolded(high << place.low_bits | rest);
-      if (low.overrun()) return Malformed("its low bits end too early");
+  std::vector<float> values(size);
+  std::vector<int8_t> signs(size);
+  for (size_t cut = 0; cut < extents.size(); ++cut) {
+    coder_.PlacesOf(group, cut, position_, signs, &places);
+    KV_RETURN_IF_ERROR(coder_.levels_.Read(extents[cut], places, levels));
+    coder_.Refine(group, cut, position_, places, levels, &values, &signs);
+    if (cut == 0) first_[group] = coder_.Leading(group, values);
+  }
+  std::vector<float> together =
+      coder_.Predict(group, coder_.Inputs(group, embeddings_, first_), position_);
+  // The last coefficients, which vary least, are all 0 at most cuts.
+  size_t used = count;
+  const auto is_unused = [&](size_t c) {
+    for (size_t i = c; i < size; i += count) {
+      if (values[i] != 0) return false;
     }
-    AddDecoded(static_cast<int>(layer), levels, &rows);
-    for (size_t i = 0; i < first; ++i) {
-      const size_t at = (layer * first + i) * sizeof(uint16_t);
-      rows[i] = kernels::FromBf16(LoadLittle<uint16_t>(exact.data() + at));
+    return true;
+  };
+  while (used > 0 && is_unused(used - 1)) --used;
+  if (used > 0) {
+    std::vector<float> packed;
+    packed.reserve(kBlockTokens * used);
+    for (size_t i = 0; i < size; i += count) {
+      packed.insert(packed.end(), values.begin() + static_cast<ptrdiff_t>(i),
+                    values.begin() + static_cast<ptrdiff_t>(i + used));
+    }
+    kernels::OrderedMultiplyAdd(basis.synthesis, packed.data(), kBlockTokens,
+                                static_cast<int>(used), together.data());
+  }
+  rows->resize(static_cast<size_t>(pack.layers));
+  const auto width = static_cast<size_t>(pack.width);
+  const auto& layers = pack.groups[group].layers;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    std::vector<float>& of_layer = (*rows)[static_cast<size_t>(layers[i])];
+    of_layer.resize(kBlockTokens * width);
+    for (size_t token = 0; token < kBlockTokens; ++token) {
+      std::copy_n(together.data() + token * static_cast<size_t>(basis.width) + i * width, width,
+                  of_layer.data() + token * width);
     }
   }
-  if (!low.AtEnd()) return Malformed("bytes are left over");
   return OkStatus();
 }
 

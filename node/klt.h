@@ -1,7 +1,9 @@
 // Conditional transform coding of a block's state (docs/klt.md). What a reader knows anyway, the
-// tokens and the layers decoded before, predicts a layer's keys (before rope) and values; what is
-// left goes through one transform of both together, whose coefficients are all rounded with one
-// step: an error of one step in any of them costs the model about as much as in any other.
+// tokens, and layers decoded before, predict the keys (before rope) and values of a group of
+// layers; what is left goes through one transform of all of them together, whose coefficients are
+// all rounded with one step: an error of one step in any of them costs the model about as much as
+// in any other. Finer cuts refine the coefficients of coarser ones, so that cuts of one block are
+// prefixes of each other.
 //
 // A layer's state of a token is one row of `width` floats: its keys of all heads with the rope
 // taken back, then its values; of a model with latent attention its rope key, then its latent.
@@ -9,23 +11,17 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
 #include "base/status.h"
-#include "kernels/rans.h"
 #include "node/decoder.h"
 #include "node/klt_pack.h"
 #include "node/model.h"
 
 namespace kvant::node {
 
-// The first tokens of a sequence, which all others attend strongly, are stored in bf16 (Xiao et al.
-// 2024, "Efficient streaming language models with attention sinks", section 3.1).
-inline constexpr int kKltExactTokens = 4;
-
-// Floats of a row.
-int StateWidth(const ModelConfig& config);
 // A layer's state as rows, and back. keys, values: as a LayerSink gets them, of tokens that begin
 // at `position`.
 void GatherState(const Model& model, int layer, int position, int tokens, const float* keys,
@@ -33,70 +29,92 @@ void GatherState(const Model& model, int layer, int position, int tokens, const 
 void ScatterState(const Model& model, int layer, int position, int tokens, const float* rows,
                   float* keys, float* values);
 
-// A coefficient's code of magnitude and sign, 0, 1, -1, 2, -2, ..., is cut: the lower `low_bits`
-// are stored as they are, the rest is a symbol of the table.
-struct KltPlace {
-  int table = -1;  // of KltPack::tables; -1: the coefficient is not coded
-  int low_bits = 0;
-};
-KltPlace PlaceOf(float deviation, float step);
-
-// One model's coder at one cut. Immutable after its making, Thread-safe; borrows model and pack.
+// One model's coder. Immutable after its making, Thread-safe; borrows model and pack.
 class KltCoder {
  public:
-  // cut: of pack->cuts. REQUIRES: the pack fits the model (KltPack::CheckFits).
-  KltCoder(const Model* model, const KltPack* pack, size_t cut);
+  // cuts: of pack->cuts, those that a block holds: any one, or a beginning of pack->refining.
+  // REQUIRES: the pack fits the model (KltPack::CheckFits).
+  KltCoder(const Model* model, const KltPack* pack, std::vector<size_t> cuts);
 
   // A block's rows, [layer][kBlockTokens][width].
   using Rows = std::vector<std::vector<float>>;
-  // One layer as it is coded.
-  struct LayerCode {
-    std::vector<float> coefficients;  // [kBlockTokens][width], in steps
-    std::vector<int32_t> levels;      // what they are rounded to; 0 of exact tokens
+  // Bytes, [cut][group]. What one group has at the cuts from the first on is read together.
+  using Extents = std::vector<std::vector<std::vector<std::byte>>>;
+  // One group as it is coded. Tokens in rows, coefficients in columns.
+  struct Code {
+    std::vector<float> coefficients;            // [kBlockTokens][coefficients]
+    std::vector<std::vector<KltPlace>> places;  // [cut], as coefficients
+    std::vector<std::vector<int32_t>> levels;   // [cut]
+    std::vector<float> rounded;                 // in steps of the cut under work, before rounding
+    std::vector<float> first;   // what the first cut says: [kBlockTokens][SourceCoefficients]
+    std::vector<float> values;  // what all cuts say
   };
 
-  // Appends the block's bytes to `out`; `decoded` (may be nullptr) takes what Decode makes of them.
-  // tokens: kBlockTokens; position: of the first. The decoded floats may differ from Decode's in
-  // the last bits on another machine; the bytes are then still read the same.
+  size_t cuts() const { return cuts_.size(); }
+  size_t groups() const { return pack_.groups.size(); }
+  const KltPack& pack() const { return pack_; }
+  const KltCut& cut(size_t index) const { return pack_.cuts[cuts_[index]]; }
+
+  // tokens: kBlockTokens; position: of the first.
   void Encode(std::span<const int32_t> tokens, int position, const Rows& exact,
-              std::vector<std::byte>* out, Rows* decoded) const;
-  // kDataLoss: not a block of this model and step; `decoded` is undefined then.
-  Status Decode(std::span<const int32_t> tokens, int position, std::span<const std::byte> bytes,
-                Rows* decoded) const;
+              Extents* extents) const;
 
-  int width() const { return pack_.width; }
-
-  // The parts of Encode, for calibration. embeddings: [kBlockTokens][hidden]; exact: the layer's
-  // rows, of which the first `sinks` are not coded. Reads the layers below of `decoded` and sets
-  // this one.
+  // The parts of it, for readers and calibration.
+  // embeddings: [kBlockTokens][hidden].
   std::vector<float> Embeddings(std::span<const int32_t> tokens) const;
-  void CodeLayer(int layer, std::span<const float> embeddings, std::span<const float> exact,
-                 int sinks, Rows* decoded, LayerCode* code) const;
-  // Predictions of a layer out of the embeddings and the decoded layers below.
-  void Predict(int layer, std::span<const float> embeddings, const Rows& decoded,
-               std::vector<float>* predicted) const;
-  const KltPlace& place(int layer, int coefficient) const {
-    return places_[static_cast<size_t>(layer * pack_.width + coefficient)];
-  }
-  // A level in folded form, cut as its place says.
-  struct Symbol {
-    uint8_t symbol = 0;
-    uint32_t high = 0;  // stored as well where the symbol is the last one
-    uint32_t low = 0;
-  };
-  Symbol SymbolOf(int32_t level, const KltPlace& place) const;
+  // What predicts a group, [kBlockTokens][KltBasis::inputs]. first: [group] of those before it, as
+  // in Code.
+  std::vector<float> Inputs(size_t group, std::span<const float> embeddings,
+                            std::span<const std::vector<float>> first) const;
+  // Predictions of a group's rows, side by side: [kBlockTokens][KltBasis::width].
+  std::vector<float> Predict(size_t group, std::span<const float> inputs, int position) const;
+  // Codes what is left of a group: exact rows, side by side, less their predictions.
+  // watch: sees each cut's `rounded` and levels; may be nullptr.
+  using Watch = std::function<void(size_t cut, const Code& code)>;
+  void CodeGroup(size_t group, int position, std::span<const float> left, Code* code,
+                 const Watch* watch) const;
+  // A group's rows side by side. rows: [layer].
+  std::vector<float> Gathered(size_t group, const Rows& rows) const;
 
  private:
-  // Adds what levels stand for to rows.
-  void AddDecoded(int layer, std::span<const int32_t> levels, std::vector<float>* rows) const;
+  friend class KltReader;
+  // What coefficients are at a cut; signs: of what the cuts before it found, 0 for nothing.
+  void PlacesOf(size_t group, size_t cut, int position, std::span<const int8_t> signs,
+                std::vector<KltPlace>* places) const;
+  // The coefficients that predict other groups.
+  std::vector<float> Leading(size_t group, std::span<const float> values) const;
+  // Adds a cut's levels to values and signs.
+  void Refine(size_t group, size_t cut, int position, std::span<const KltPlace> places,
+              std::span<const int32_t> levels, std::vector<float>* values,
+              std::vector<int8_t>* signs) const;
+  size_t Coefficients(size_t group) const {
+    return static_cast<size_t>(pack_.bases[group].coefficients);
+  }
+  // Of tokens that begin at `position`, sinks are the first so many.
+  static size_t Sinks(int position) { return position == 0 ? kKltSinks : 0; }
 
   const Model& model_;
   const KltPack& pack_;
-  float step_;
-  std::vector<KltPlace> places_;  // [layers][width]
-  size_t coded_ = 0;              // of places_, those that are coded
-  kernels::RansEncodeTables encode_tables_;
-  kernels::RansDecodeTables decode_tables_;
+  std::vector<size_t> cuts_;
+  KltLevels levels_;
+};
+
+// One block under reading. Single-owner; borrows the coder and the tokens.
+class KltReader {
+ public:
+  KltReader(const KltCoder* coder, std::span<const int32_t> tokens, int position);
+  // Reads a group at as many cuts as there are extents, and sets the rows of its layers. The rows
+  // are the same to the bit on every machine. kDataLoss: the bytes are not of this model and these
+  // cuts; rows are undefined then. REQUIRES: the group's sources were read; 1..coder->cuts()
+  // extents.
+  Status Read(size_t group, std::span<const std::span<const std::byte>> extents,
+              KltCoder::Rows* rows);
+
+ private:
+  const KltCoder& coder_;
+  int position_;
+  std::vector<float> embeddings_;
+  std::vector<std::vector<float>> first_;  // [group]
 };
 
 }  // namespace kvant::node

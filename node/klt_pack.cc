@@ -25,13 +25,11 @@ namespace {
 using kernels::Matrix;
 using nlohmann::json;
 
-constexpr std::string_view kFormat = "kvant-klt-1";
+constexpr std::string_view kFormat = "kvant-klt-2";
 constexpr size_t kMaxCutsOfPack = 16;
-constexpr int kMaxPackLayers = 1024;
-constexpr int kMaxPackWidth = 1 << 14;
 
-std::string NameOf(int layer, std::string_view part) {
-  return fmt::format("layers.{}.{}", layer, part);
+std::string NameOf(std::string_view of, size_t number, std::string_view part) {
+  return fmt::format("{}.{}.{}", of, number, part);
 }
 
 // Tensors of a mapped file, taken out with their sizes checked.
@@ -123,32 +121,105 @@ Result<std::vector<KltCut>> CutsOf(const std::string& text, const std::string& n
       "{}: its metadata have no list of cuts, [name, step, mean KL], steps ascending", name);
 }
 
+// The names of `refining`, of cuts that get finer.
+Result<std::vector<size_t>> RefiningOf(const std::string& text, const KltPack& pack,
+                                       const std::string& name) {
+  KV_ASSIGN_OR_RETURN(const json list, ParseJson(text, name));
+  std::vector<size_t> refining;
+  bool good = list.is_array() && list.size() <= kKltRefinements + 1;
+  for (size_t i = 0; good && i < list.size(); ++i) {
+    const Result<size_t> cut = list[i].is_string() ? pack.FindCut(list[i].get<std::string>())
+                                                   : Result<size_t>(InvalidArgument("no name"));
+    good = cut.ok() && (i == 0 || *cut < refining.back());
+    if (good) refining.push_back(*cut);
+  }
+  if (good) return refining;
+  return InvalidArgument("{}: refining in its metadata is no list of at most {} cuts, each finer",
+                         name, kKltRefinements + 1);
+}
+
+Result<KltBasis> BasisOf(const Reader& reader, const KltPack& pack, size_t group,
+                         const TensorMap& tensors, const std::string& name) {
+  KltBasis basis;
+  basis.width = pack.width * static_cast<int>(pack.groups[group].layers.size());
+  const auto found = tensors.find(NameOf("groups", group, "deviation"));
+  if (found != tensors.end() && found->second.shape.size() == 1 && found->second.shape[0] >= 1 &&
+      found->second.shape[0] <= basis.width) {
+    basis.coefficients = static_cast<int>(found->second.shape[0]);
+  } else {
+    return InvalidArgument("{}: it should have a tensor {} of 1 to {} numbers", name,
+                           NameOf("groups", group, "deviation"), basis.width);
+  }
+  basis.inputs = pack.hidden;
+  for (const int source : pack.groups[group].sources)
+    basis.inputs += SourceCoefficients(pack.bases[static_cast<size_t>(source)]);
+  const int64_t width = basis.width;
+  const int64_t coefficients = basis.coefficients;
+  const auto floats = [&](const char* part, std::vector<int64_t> shape) {
+    return reader.Floats(NameOf("groups", group, part), std::move(shape));
+  };
+  KV_ASSIGN_OR_RETURN(basis.bias, floats("bias", {width}));
+  KV_ASSIGN_OR_RETURN(basis.sink_bias, floats("sink_bias", {width}));
+  KV_ASSIGN_OR_RETURN(const std::vector<float> predictor,
+                      floats("predictor", {width, basis.inputs}));
+  basis.predictor = kernels::OrderedWeights(predictor.data(), basis.width, basis.inputs);
+  KV_ASSIGN_OR_RETURN(const std::vector<float> synthesis,
+                      floats("synthesis", {width, coefficients}));
+  basis.synthesis = kernels::OrderedWeights(synthesis.data(), basis.width, basis.coefficients);
+  KV_ASSIGN_OR_RETURN(basis.deviation, floats("deviation", {coefficients}));
+  if (!std::is_sorted(basis.deviation.rbegin(), basis.deviation.rend())) {
+    return InvalidArgument("{}: tensor {} does not descend", name,
+                           NameOf("groups", group, "deviation"));
+  }
+  KV_ASSIGN_OR_RETURN(basis.sink_deviation[0], floats("first_deviation", {coefficients}));
+  KV_ASSIGN_OR_RETURN(basis.sink_deviation[1], floats("sink_deviation", {coefficients}));
+  return basis;
+}
+
 }  // namespace
 
-Result<std::vector<float>> AnalysisOf(const std::vector<float>& synthesis, int width) {
-  Matrix given(width, width);
-  std::copy(synthesis.begin(), synthesis.end(), given.values.begin());
-  Matrix transposed(width, width);
-  for (int i = 0; i < width; ++i) {
-    for (int j = 0; j < width; ++j) transposed.At(i, j) = given.At(j, i);
+void SetAnalysis(const KltPack& pack, size_t group, KltBasis* basis) {
+  const std::vector<float> synthesis = basis->synthesis.RowMajor();
+  const auto coefficients = static_cast<size_t>(basis->coefficients);
+  const auto width = static_cast<size_t>(pack.width);
+  const auto all = static_cast<size_t>(basis->width);
+  std::vector<float> analysis(coefficients * all);
+  std::vector<float> turned(coefficients * width);
+  std::vector<float> product(turned.size());
+  size_t at = 0;
+  for (const int layer : pack.groups[group].layers) {
+    for (size_t c = 0; c < coefficients; ++c) {
+      for (size_t i = 0; i < width; ++i)
+        turned[c * width + i] = synthesis[(at + i) * coefficients + c];
+    }
+    kernels::Multiply(turned.data(), basis->coefficients, pack.width,
+                      pack.weights[static_cast<size_t>(layer)].data(), pack.width, false,
+                      product.data());
+    for (size_t c = 0; c < coefficients; ++c) {
+      std::copy_n(product.data() + c * width, width, analysis.data() + c * all + at);
+    }
+    at += width;
   }
-  KV_ASSIGN_OR_RETURN(
-      const Matrix inverse,
-      kernels::SolvePositive(kernels::ProductTransposed(given, given), std::move(transposed)));
-  return std::vector<float>(inverse.values.begin(), inverse.values.end());
+  basis->analysis = kernels::OrderedWeights(analysis.data(), basis->coefficients, basis->width);
 }
 
 Status KltPack::CheckFits(const Model& of) const {
-  if (model == ToHex(of.digest()) && width == StateWidth(of.config()) &&
-      hidden == of.config().hidden && static_cast<int>(layers.size()) == of.config().layers) {
-    return OkStatus();
-  }
+  if (model == ToHex(of.digest())) return OkStatus();
   return InvalidArgument(
       "the codec pack was made for the model {:.16}, not for {:.16}; make one with kvant calibrate",
       model, ToHex(of.digest()));
 }
 
-Result<KltPack> LoadKltPack(const std::filesystem::path& file) {
+Result<size_t> KltPack::FindCut(std::string_view name) const {
+  std::vector<std::string> names;
+  for (size_t cut = 0; cut < cuts.size(); ++cut) {
+    if (cuts[cut].name == name) return cut;
+    names.push_back(cuts[cut].name);
+  }
+  return InvalidArgument("the codec pack has no cut '{}': use {}", name, fmt::join(names, ", "));
+}
+
+Result<KltPack> LoadKltPack(const std::filesystem::path& file, const Model& model) {
   KV_ASSIGN_OR_RETURN(const std::unique_ptr<MappedFile> mapped, MappedFile::Open(file));
   const std::string name = file.string();
   KV_ASSIGN_OR_RETURN(const TensorMap tensors, ParseSafetensors(mapped->bytes(), name));
@@ -165,49 +236,42 @@ Result<KltPack> LoadKltPack(const std::filesystem::path& file) {
     return InvalidArgument("{}: no codec pack of the format {}: kvant calibrate makes one", name,
                            kFormat);
   }
-  const auto number_of = [&](const char* key, int most) {
-    const std::string text = text_of(key);
-    const bool digits =
-        !text.empty() && text.size() < 8 &&
-        std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
-    const int number = digits ? std::stoi(text) : 0;
-    return number <= most ? number : 0;
-  };
   KltPack pack;
   pack.model = text_of("model");
+  KV_RETURN_IF_ERROR(pack.CheckFits(model));
   pack.calibrated_on = text_of("calibrated_on");
   pack.file_bytes = mapped->bytes().size();
-  pack.width = number_of("width", kMaxPackWidth);
-  pack.hidden = number_of("hidden", kMaxPackWidth);
-  const int layers = number_of("layers", kMaxPackLayers);
-  if (pack.width == 0 || pack.hidden == 0 || layers == 0) {
-    return InvalidArgument("{}: its metadata lack width, hidden or layers", name);
-  }
+  pack.digest = Sha256(mapped->bytes());
+  pack.width = StateWidth(model.config());
+  pack.hidden = model.config().hidden;
+  pack.layers = model.config().layers;
+  pack.groups = KltGroups(model.config());
   KV_ASSIGN_OR_RETURN(pack.cuts, CutsOf(text_of("cuts"), name));
-  const auto cuts = static_cast<int64_t>(pack.cuts.size());
+  KV_ASSIGN_OR_RETURN(pack.refining, RefiningOf(text_of("refining"), pack, name));
   const Reader reader(&tensors, name);
   const int64_t width = pack.width;
-  for (int l = 0; l < layers; ++l) {
-    KltLayer& layer = pack.layers.emplace_back();
-    layer.inputs = pack.hidden + pack.width * std::min(l, kKltBelow);
-    KV_ASSIGN_OR_RETURN(layer.bias, reader.Floats(NameOf(l, "bias"), {width}));
-    KV_ASSIGN_OR_RETURN(layer.predictor,
-                        reader.Floats(NameOf(l, "predictor"), {width, layer.inputs}));
-    KV_ASSIGN_OR_RETURN(layer.synthesis, reader.Floats(NameOf(l, "synthesis"), {width, width}));
-    KV_ASSIGN_OR_RETURN(const std::vector<float> deviations,
-                        reader.Floats(NameOf(l, "deviation"), {cuts, width}));
-    for (int64_t cut = 0; cut < cuts; ++cut) {
-      const auto first = deviations.begin() + cut * width;
-      layer.deviation.emplace_back(first, first + width);
-    }
-    KV_ASSIGN_OR_RETURN(layer.analysis, AnalysisOf(layer.synthesis, pack.width));
+  for (int layer = 0; layer < pack.layers; ++layer) {
+    KV_ASSIGN_OR_RETURN(
+        pack.weights.emplace_back(),
+        reader.Floats(NameOf("layers", static_cast<size_t>(layer), "weight"), {width, width}));
   }
-  KV_ASSIGN_OR_RETURN(const std::vector<float> centroid,
-                      reader.Floats("centroid", {kKltTables, 2}));
+  KV_ASSIGN_OR_RETURN(const std::vector<float> sink_step, reader.Floats("sink_step", {1}));
+  pack.sink_step = sink_step[0];
+  if (!(pack.sink_step > 0)) return InvalidArgument("{}: sink_step is not above 0", name);
+  for (size_t g = 0; g < pack.groups.size(); ++g) {
+    KV_ASSIGN_OR_RETURN(KltBasis basis, BasisOf(reader, pack, g, tensors, name));
+    SetAnalysis(pack, g, &basis);
+    pack.bases.push_back(std::move(basis));
+  }
+  KV_ASSIGN_OR_RETURN(const std::vector<float> mean,
+                      reader.Floats("mean", {kKltTables, kKltMeans}));
+  for (size_t table = 0; table < kKltTables; ++table) {
+    std::copy_n(mean.begin() + static_cast<ptrdiff_t>(table * kKltMeans), kKltMeans,
+                pack.statistics.mean[table].begin());
+  }
   KV_ASSIGN_OR_RETURN(const std::vector<float> frequencies,
                       reader.Floats("frequencies", {kKltTables, kKltSymbols}));
   for (size_t table = 0; table < kKltTables; ++table) {
-    pack.centroid[table] = {centroid[2 * table], centroid[2 * table + 1]};
     std::array<uint32_t, kKltSymbols> counts{};
     for (size_t s = 0; s < kKltSymbols; ++s) {
       const float frequency = frequencies[table * kKltSymbols + s];
@@ -218,46 +282,53 @@ Result<KltPack> LoadKltPack(const std::filesystem::path& file) {
       }
       counts[s] = static_cast<uint32_t>(frequency);
     }
-    pack.tables.push_back(kernels::RansTable::FromCounts(counts));
+    pack.statistics.tables.push_back(kernels::RansTable::FromCounts(counts));
   }
   return pack;
 }
 
-Status SaveKltPack(const std::filesystem::path& file, KltPack* pack) {
+Status SaveKltPack(const std::filesystem::path& file, const Model& model, KltPack* pack) {
   Writer writer;
   const int64_t width = pack->width;
-  for (size_t l = 0; l < pack->layers.size(); ++l) {
-    const KltLayer& layer = pack->layers[l];
-    const int number = static_cast<int>(l);
-    writer.Add(NameOf(number, "bias"), {width}, layer.bias, true);
-    writer.Add(NameOf(number, "predictor"), {width, layer.inputs}, layer.predictor, false);
-    writer.Add(NameOf(number, "synthesis"), {width, width}, layer.synthesis, false);
-    std::vector<float> deviations;
-    for (const std::vector<float>& of_cut : layer.deviation) {
-      deviations.insert(deviations.end(), of_cut.begin(), of_cut.end());
-    }
-    writer.Add(NameOf(number, "deviation"), {static_cast<int64_t>(pack->cuts.size()), width},
-               deviations, true);
+  for (size_t layer = 0; layer < pack->weights.size(); ++layer) {
+    writer.Add(NameOf("layers", layer, "weight"), {width, width}, pack->weights[layer], false);
   }
-  std::vector<float> centroid;
+  for (size_t g = 0; g < pack->bases.size(); ++g) {
+    const KltBasis& basis = pack->bases[g];
+    const int64_t coefficients = basis.coefficients;
+    const auto add = [&](const char* part, std::vector<int64_t> shape,
+                         std::span<const float> values, bool wide) {
+      writer.Add(NameOf("groups", g, part), std::move(shape), values, wide);
+    };
+    add("bias", {basis.width}, basis.bias, true);
+    add("sink_bias", {basis.width}, basis.sink_bias, true);
+    add("predictor", {basis.width, basis.inputs}, basis.predictor.RowMajor(), false);
+    add("synthesis", {basis.width, coefficients}, basis.synthesis.RowMajor(), false);
+    add("deviation", {coefficients}, basis.deviation, true);
+    add("first_deviation", {coefficients}, basis.sink_deviation[0], true);
+    add("sink_deviation", {coefficients}, basis.sink_deviation[1], true);
+  }
+  std::vector<float> mean;
   std::vector<float> frequencies;
   for (size_t table = 0; table < kKltTables; ++table) {
-    centroid.insert(centroid.end(), pack->centroid[table].begin(), pack->centroid[table].end());
+    const auto& of_table = pack->statistics.mean[table];
+    mean.insert(mean.end(), of_table.begin(), of_table.end());
     for (int s = 0; s < kKltSymbols; ++s) {
-      frequencies.push_back(static_cast<float>(pack->tables[table].frequency(s)));
+      frequencies.push_back(static_cast<float>(pack->statistics.tables[table].frequency(s)));
     }
   }
-  writer.Add("centroid", {kKltTables, 2}, centroid, true);
+  writer.Add("mean", {kKltTables, kKltMeans}, mean, true);
   writer.Add("frequencies", {kKltTables, kKltSymbols}, frequencies, true);
+  writer.Add("sink_step", {1}, std::span(&pack->sink_step, 1), true);
+  json refining = json::array();
+  for (const size_t cut : pack->refining) refining.push_back(pack->cuts[cut].name);
   writer.SetMetadata({{"format", kFormat},
                       {"model", pack->model},
                       {"calibrated_on", pack->calibrated_on},
                       {"cuts", TextOf(pack->cuts)},
-                      {"width", std::to_string(pack->width)},
-                      {"hidden", std::to_string(pack->hidden)},
-                      {"layers", std::to_string(pack->layers.size())}});
+                      {"refining", refining.dump()}});
   KV_RETURN_IF_ERROR(WriteFile(file.string(), writer.File()));
-  KV_ASSIGN_OR_RETURN(*pack, LoadKltPack(file));
+  KV_ASSIGN_OR_RETURN(*pack, LoadKltPack(file, model));
   return OkStatus();
 }
 

@@ -2,6 +2,7 @@
 // `kvant calibrate`, kept in one safetensors file.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <filesystem>
@@ -10,31 +11,39 @@
 #include <vector>
 
 #include "base/status.h"
-#include "kernels/rans.h"
+#include "cache_service/block_key.h"
+#include "kernels/ordered_gemm.h"
+#include "node/klt_groups.h"
+#include "node/klt_levels.h"
 #include "node/model.h"
 
 namespace kvant::node {
 
-// Layers below that predict a layer.
-inline constexpr int kKltBelow = 2;
-// Tables of frequencies by a coefficient's deviation in steps: quarters of an octave from
-// 2^kKltLowest to 2^kKltHighest, and four more that all larger ones share (PlaceOf).
-inline constexpr int kKltLowest = -4;
-inline constexpr int kKltHighest = 3;
-inline constexpr int kKltTables = 4 * (kKltHighest - kKltLowest) + 4;
-// Symbols of a table; the last one says that a larger number follows.
-inline constexpr int kKltSymbols = 64;
+// The first tokens of a sequence, which all others attend strongly (Xiao et al. 2024, "Efficient
+// streaming language models with attention sinks", section 3.1), have a finer step of their own.
+inline constexpr int kKltSinks = 4;
+// Coefficients of a source that help to predict a group: the first, which vary most.
+inline constexpr int kKltSourceCoefficients = 384;
 
-// One layer of a pack. Matrices are bf16 in the file.
-struct KltLayer {
-  int inputs = 0;                // hidden + width * min(layer, kKltBelow)
-  std::vector<float> bias;       // [width]
-  std::vector<float> predictor;  // [width][inputs]: of the embedding, the layer below, the next
-  std::vector<float> synthesis;  // [width][width]: state = prediction + synthesis * coefficients
-  std::vector<float> analysis;   // [width][width], its inverse; not in the file
-  // [cut][width] of the coefficients. The coarser the layers below are, the more is left.
-  std::vector<std::vector<float>> deviation;
+// One group of layers. Matrices are bf16 in the file.
+struct KltBasis {
+  int width = 0;                      // floats of its layers' rows, side by side
+  int coefficients = 0;               // <= width; what the others would add is never coded
+  int inputs = 0;                     // hidden, and what each source gives
+  std::vector<float> bias;            // [width]
+  std::vector<float> sink_bias;       // [width]: all that predicts a sequence's first token
+  kernels::OrderedWeights predictor;  // [width][inputs]
+  kernels::OrderedWeights synthesis;  // [width][coefficients]: row = prediction + synthesis * them
+  kernels::OrderedWeights analysis;   // [coefficients][width], the other way; not in the file
+  std::vector<float> deviation;       // [coefficients], descending
+  // [coefficients] of a sequence's first token, and of the other sinks.
+  std::array<std::vector<float>, 2> sink_deviation;
 };
+
+// How many of its coefficients help to predict other groups.
+inline int SourceCoefficients(const KltBasis& basis) {
+  return std::min(basis.coefficients, kKltSourceCoefficients);
+}
 
 // A step, and what it was found to cost where the pack was made.
 struct KltCut {
@@ -45,27 +54,37 @@ struct KltCut {
 
 // Value; immutable once made.
 struct KltPack {
-  int width = 0;
+  int width = 0;  // of one layer's row
   int hidden = 0;
-  std::vector<KltLayer> layers;
-  std::vector<kernels::RansTable> tables;  // [kKltTables]
-  // [table][magnitude 1, more]: how far towards 0 the mean of what was rounded lies, in steps.
-  std::array<std::array<float, 2>, kKltTables> centroid{};
-  std::vector<KltCut> cuts;   // the finest first
+  int layers = 0;
+  std::vector<KltGroup> groups;  // KltGroups of the model
+  std::vector<KltBasis> bases;   // [group]
+  // [layer][width][width], bf16 numbers: an error e in a row costs about e^T weight e nats.
+  std::vector<std::vector<float>> weights;
+  KltStatistics statistics;
+  std::vector<KltCut> cuts;  // the finest first
+  std::vector<size_t>
+      refining;  // of cuts, the coarsest first: those that a block may hold together
+  float sink_step = 0;
   std::string model;          // hex digest of the model whose state it codes
   std::string calibrated_on;  // in words
   uint64_t file_bytes = 0;
+  Digest digest{};  // SHA-256 of the file
 
   // kInvalidArgument: made for another model (says both digests).
   Status CheckFits(const Model& of) const;
+  // kInvalidArgument lists the names of cuts there are.
+  Result<size_t> FindCut(std::string_view name) const;
 };
 
-// kInvalidArgument names the file, and what is missing or malformed.
-Result<KltPack> LoadKltPack(const std::filesystem::path& file);
-// The inverse of a layer's synthesis. kInvalidArgument: it has none. REQUIRES: LoadBlas() was ok.
-Result<std::vector<float>> AnalysisOf(const std::vector<float>& synthesis, int width);
+// kInvalidArgument names the file, and what is missing or malformed, or says that the pack is
+// another model's.
+Result<KltPack> LoadKltPack(const std::filesystem::path& file, const Model& model);
+// Sets the analysis of a group: synthesis is weight^-1/2 times a rotation, so its transpose times
+// the weight undoes it but for the rounding to bf16, about 2^-9 of what is coded.
+void SetAnalysis(const KltPack& pack, size_t group, KltBasis* basis);
 // Writes it, and reads it back into `pack`: matrices are rounded in the file. Errors: as above, or
 // the file cannot be written.
-Status SaveKltPack(const std::filesystem::path& file, KltPack* pack);
+Status SaveKltPack(const std::filesystem::path& file, const Model& model, KltPack* pack);
 
 }  // namespace kvant::node

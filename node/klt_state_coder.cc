@@ -12,14 +12,20 @@ class KltStateCoder final : public StateCoder {
  public:
   KltStateCoder(const Model* model, std::shared_ptr<const KltPack> pack)
       : model_(*model), pack_(std::move(pack)) {
-    for (size_t cut = 0; cut < pack_->cuts.size(); ++cut)
-      coders_.emplace_back(model, pack_.get(), cut);
+    for (size_t cut = 0; cut < pack_->cuts.size(); ++cut) {
+      readings_.push_back({pack_->cuts[cut].name, coders_.size(), 1});
+      coders_.emplace_back(model, pack_.get(), std::vector<size_t>{cut});
+    }
+    for (size_t count = pack_->refining.size(); count > 1; --count)
+      readings_.push_back(
+          {pack_->cuts[pack_->refining[count - 1]].name + "-refined", coders_.size(), count});
+    if (pack_->refining.size() > 1) coders_.emplace_back(model, pack_.get(), pack_->refining);
   }
 
   std::string_view name() const override { return "klt"; }
   std::vector<std::string> wires() const override {
     std::vector<std::string> names;
-    for (const KltCut& cut : pack_->cuts) names.push_back(cut.name);
+    for (const Reading& reading : readings_) names.push_back(reading.name);
     return names;
   }
   bool blockwise() const override { return true; }
@@ -40,18 +46,24 @@ class KltStateCoder final : public StateCoder {
     }
     PrefixState decoded(model_.config(), exact.token_ids(), exact.first_position());
     KltCoder::Rows made;
-    std::vector<std::byte> bytes;
-    for (size_t wire = 0; wire < coders_.size(); ++wire) {
+    for (size_t wire = 0; wire < readings_.size(); ++wire) {
+      const KltCoder& coder = coders_[readings_[wire].coder];
       uint64_t bits = 0;
       for (int at = 0; at < exact.tokens(); at += kBlockTokens) {
         const int position = exact.first_position() + at;
         const auto tokens = exact.token_ids().subspan(static_cast<size_t>(at), kBlockTokens);
-        bytes.clear();
-        coders_[wire].Encode(tokens, position, rows[static_cast<size_t>(at / kBlockTokens)], &bytes,
-                             nullptr);
+        KltCoder::Extents extents;
+        coder.Encode(tokens, position, rows[static_cast<size_t>(at / kBlockTokens)], &extents);
         // What is measured is what a reader gets out of the bytes.
-        KV_CHECK(coders_[wire].Decode(tokens, position, bytes, &made).ok());
-        bits += 8 * bytes.size();
+        KltReader reader(&coder, tokens, position);
+        for (size_t group = 0; group < coder.groups(); ++group) {
+          std::vector<std::span<const std::byte>> read;
+          for (size_t cut = 0; cut < readings_[wire].cuts; ++cut) {
+            read.emplace_back(extents[cut][group]);
+            bits += 8 * read.back().size();
+          }
+          KV_CHECK(reader.Read(group, read, &made).ok());
+        }
         for (int layer = 0; layer < exact.layers(); ++layer) {
           ScatterState(model_, layer, position, kBlockTokens,
                        made[static_cast<size_t>(layer)].data(),
@@ -66,7 +78,14 @@ class KltStateCoder final : public StateCoder {
  private:
   const Model& model_;
   std::shared_ptr<const KltPack> pack_;
-  std::vector<KltCoder> coders_;  // [cut]
+  // What a wire is: the first cuts of a coder.
+  struct Reading {
+    std::string name;
+    size_t coder = 0;
+    size_t cuts = 0;
+  };
+  std::vector<Reading> readings_;  // [wire]
+  std::vector<KltCoder> coders_;
 };
 
 }  // namespace

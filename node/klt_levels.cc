@@ -1,0 +1,226 @@
+#include "node/klt_levels.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/bytes.h"
+#include "base/check.h"
+#include "kernels/implementation.h"
+
+namespace kvant::node {
+namespace {
+
+// A bit is worth this much squared error, in steps: the slope of a fine quantizer, 2 ln 2 / 12
+// (Gish and Pierce 1968, "Asymptotically efficient quantizing", section III).
+constexpr float kBitsWorth = 0.1155F;
+constexpr int kEscapeBits = 22;  // of what follows a last symbol
+constexpr int kEscape = kKltSymbols - 1;
+constexpr float kNever = 1e6F;  // bits of a symbol that can't be coded
+
+// Bits, the lowest first.
+class BitWriter {
+ public:
+  void Put(uint32_t value, int bits) {
+    held_ |= static_cast<uint64_t>(value) << count_;
+    count_ += bits;
+    while (count_ >= 8) {
+      bytes_.push_back(static_cast<std::byte>(held_ & 0xFFU));
+      held_ >>= 8U;
+      count_ -= 8;
+    }
+  }
+  std::vector<std::byte> Take() {
+    if (count_ > 0) bytes_.push_back(static_cast<std::byte>(held_ & 0xFFU));
+    return std::move(bytes_);
+  }
+
+ private:
+  uint64_t held_ = 0;
+  int count_ = 0;
+  std::vector<std::byte> bytes_;
+};
+
+class BitReader {
+ public:
+  explicit BitReader(std::span<const std::byte> bytes) : bytes_(bytes) {}
+  // 0 beyond the end, which overrun() tells.
+  uint32_t Take(int bits) {
+    while (count_ < bits) {
+      const uint64_t next = at_ < bytes_.size() ? static_cast<uint64_t>(bytes_[at_]) : 0;
+      ++at_;
+      held_ |= next << count_;
+      count_ += 8;
+    }
+    const auto value = static_cast<uint32_t>(held_ & ((uint64_t{1} << bits) - 1));
+    held_ >>= bits;
+    count_ -= bits;
+    return value;
+  }
+  // Whether exactly all bytes were taken.
+  bool AtEnd() const { return at_ == bytes_.size(); }
+  bool overrun() const { return at_ > bytes_.size(); }
+
+ private:
+  std::span<const std::byte> bytes_;
+  size_t at_ = 0;
+  uint64_t held_ = 0;
+  int count_ = 0;
+};
+
+Status Malformed(std::string_view what) {
+  return DataLoss("a klt block: {}; was it coded with another pack or cut?", what);
+}
+
+// floor(4 log2(deviation / step) + 1/2) without a logarithm, whose last bits differ between
+// libraries: 2^(-7/8), 2^(-5/8), 2^(-3/8) and 2^(-1/8) part a mantissa from 1/2 to 1.
+// REQUIRES: deviation > 0.
+int QuartersOf(float deviation, float step) {
+  constexpr float kParts[] = {0x1.172b84p-1F, 0x1.4bfdaep-1F, 0x1.8ace54p-1F, 0x1.d5818ep-1F};
+  int exponent = 0;
+  const float mantissa = std::frexp(deviation / step, &exponent);
+  int quarters = 4 * exponent - 4;
+  for (const float part : kParts) quarters += mantissa >= part ? 1 : 0;
+  return quarters;
+}
+
+size_t MeanIndex(int32_t level) { return std::min<size_t>(Folded(level), kKltMeans - 1); }
+
+}  // namespace
+
+KltPlace FirstPlace(float deviation, float step) {
+  if (!(deviation > 0)) return {};
+  const int quarters = QuartersOf(deviation, step);
+  if (quarters < 4 * kKltLowest) return {};
+  if (quarters < 4 * kKltHighest) return {static_cast<int16_t>(quarters - 4 * kKltLowest), 0};
+  // Of the shared ones, whose symbols stand for a span that grows with the deviation.
+  const int above = quarters - 4 * kKltHighest;
+  return {static_cast<int16_t>(kKltRatios + above % 4), static_cast<int16_t>(1 + above / 4)};
+}
+
+KltPlace RefinedPlace(int refinement, bool significant, float deviation, float step) {
+  KV_DCHECK(refinement >= 1 && refinement <= kKltRefinements);
+  if (!(deviation > 0)) return {};
+  const int quarters = QuartersOf(deviation, step);
+  if (quarters < 4 * kKltLowest && !significant) return {};
+  const int ratio = std::clamp(quarters - 4 * kKltLowest, 0, kKltRatios - 1);
+  const int first = kKltFirstTables + (2 * (refinement - 1) + (significant ? 1 : 0)) * kKltRatios;
+  return {static_cast<int16_t>(first + ratio), 0};
+}
+
+uint32_t Folded(int32_t level) {
+  return level > 0 ? 2 * static_cast<uint32_t>(level) - 1 : 2 * static_cast<uint32_t>(-level);
+}
+
+int32_t Unfolded(uint32_t folded) {
+  return (folded & 1U) != 0 ? static_cast<int32_t>((folded + 1) / 2)
+                            : -static_cast<int32_t>(folded / 2);
+}
+
+KltLevels::KltLevels(const KltStatistics& statistics) : mean_(statistics.mean) {
+  if (statistics.tables.empty()) return;
+  KV_CHECK(statistics.tables.size() == kKltTables);
+  for (const kernels::RansTable& table : statistics.tables) {
+    auto& bits = bits_.emplace_back();
+    auto& coded = coded_.emplace_back();
+    for (int symbol = 0; symbol < kKltSymbols; ++symbol) {
+      const auto s = static_cast<size_t>(symbol);
+      coded[s] = table.frequency(symbol) > 0;
+      bits[s] = coded[s] ? static_cast<float>(kernels::kRansBits) -
+                               std::log2(static_cast<float>(table.frequency(symbol)))
+                         : kNever;
+    }
+    KV_CHECK(coded[kEscape]);  // any level can be coded
+    bits[kEscape] += kEscapeBits;
+  }
+  encode_tables_.Assign(statistics.tables);
+  decode_tables_.Assign(statistics.tables);
+}
+
+uint8_t KltLevels::SymbolOf(int32_t level, KltPlace place) const {
+  const uint32_t high = std::min<uint32_t>(Folded(level) >> place.low_bits, kEscape);
+  // What calibration never saw has no frequency.
+  const bool coded = coded_.empty() || coded_[static_cast<size_t>(place.table)][high];
+  return static_cast<uint8_t>(coded ? high : kEscape);
+}
+
+float KltLevels::Bits(int32_t level, KltPlace place) const {
+  return bits_[static_cast<size_t>(place.table)][SymbolOf(level, place)];
+}
+
+float KltLevels::Value(int32_t level, KltPlace place) const {
+  const auto of_level = static_cast<float>(level);
+  return place.low_bits > 0 ? of_level
+                            : of_level + mean_[static_cast<size_t>(place.table)][MeanIndex(level)];
+}
+
+int32_t KltLevels::Round(float x, KltPlace place) const {
+  constexpr auto kMost = static_cast<float>(kKltLargestLevel - 1);
+  const float clamped = std::clamp(x, -kMost, kMost);
+  const auto below = static_cast<int32_t>(std::floor(clamped));
+  if (bits_.empty() || place.low_bits > 0) return static_cast<int32_t>(std::floor(clamped + 0.5F));
+  const auto cost = [&](int32_t level) {
+    const float error = clamped - Value(level, place);
+    return error * error + kBitsWorth * Bits(level, place);
+  };
+  return cost(below) < cost(below + 1) ? below : below + 1;
+}
+
+void KltLevels::Write(std::span<const int32_t> levels, std::span<const KltPlace> places,
+                      std::vector<std::byte>* out) const {
+  std::vector<uint8_t> symbols;
+  std::vector<uint8_t> tables;
+  symbols.reserve(levels.size());
+  tables.reserve(levels.size());
+  BitWriter low;
+  for (size_t i = 0; i < levels.size(); ++i) {
+    const KltPlace place = places[i];
+    if (place.table < 0) continue;
+    const uint32_t folded = Folded(levels[i]);
+    symbols.push_back(SymbolOf(levels[i], place));
+    tables.push_back(static_cast<uint8_t>(place.table));
+    if (symbols.back() == kEscape) low.Put(folded >> place.low_bits, kEscapeBits);
+    if (place.low_bits > 0) low.Put(folded & ((1U << place.low_bits) - 1), place.low_bits);
+  }
+  // [bytes of the symbols][symbols][low bits]
+  const size_t begin = out->size();
+  out->resize(begin + sizeof(uint32_t));
+  kernels::RansEncode(kernels::ActiveImplementation(), encode_tables_, tables.data(), symbols, out);
+  StoreLittle(out->data() + begin, static_cast<uint32_t>(out->size() - begin - sizeof(uint32_t)));
+  const std::vector<std::byte> rest = low.Take();
+  out->insert(out->end(), rest.begin(), rest.end());
+}
+
+Status KltLevels::Read(std::span<const std::byte> in, std::span<const KltPlace> places,
+                       std::span<int32_t> levels) const {
+  if (in.size() < sizeof(uint32_t)) return Malformed("an extent is too short");
+  const auto stream_bytes = LoadLittle<uint32_t>(in.data());
+  in = in.subspan(sizeof(uint32_t));
+  if (stream_bytes > in.size()) return Malformed("its symbols are longer than an extent");
+  std::vector<uint8_t> tables;
+  tables.reserve(places.size());
+  for (const KltPlace place : places) {
+    if (place.table >= 0) tables.push_back(static_cast<uint8_t>(place.table));
+  }
+  std::vector<uint8_t> symbols(tables.size());
+  KV_RETURN_IF_ERROR(kernels::RansDecode(kernels::ActiveImplementation(), decode_tables_,
+                                         tables.data(), in.first(stream_bytes), symbols));
+  BitReader low(in.subspan(stream_bytes));
+  const uint8_t* next = symbols.data();
+  for (size_t i = 0; i < places.size(); ++i) {
+    const KltPlace place = places[i];
+    levels[i] = 0;
+    if (place.table < 0) continue;
+    uint32_t folded = *next++;
+    if (folded == kEscape) folded = low.Take(kEscapeBits);
+    if (place.low_bits > 0) folded = folded << place.low_bits | low.Take(place.low_bits);
+    if (low.overrun()) return Malformed("low bits end too early");
+    if (folded > 2U * static_cast<uint32_t>(kKltLargestLevel)) {
+      return Malformed("a level is too large");
+    }
+    levels[i] = Unfolded(folded);
+  }
+  if (!low.AtEnd()) return Malformed("bytes are left over");
+  return OkStatus();
+}
+
+}  // namespace kvant::node

@@ -1,0 +1,85 @@
+// Levels of conditional transform coding: what coefficients are rounded to, and those as bytes
+// (docs/klt.md, "Levels"). Integers alone decide how bytes are read.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "base/status.h"
+#include "kernels/rans.h"
+
+namespace kvant::node {
+
+// Tables of frequencies by a coefficient's deviation in steps: quarters of an octave from
+// 2^kKltLowest to 2^kKltHighest, and four more that all larger ones share (FirstPlace).
+inline constexpr int kKltLowest = -3;
+inline constexpr int kKltHighest = 3;
+inline constexpr int kKltRatios = 4 * (kKltHighest - kKltLowest);
+inline constexpr int kKltFirstTables = kKltRatios + 4;
+// Cuts of a block behind the first, each with tables of its own: for coefficients that were 0 so
+// far, and for those that were not.
+inline constexpr int kKltRefinements = 2;
+inline constexpr int kKltTables = kKltFirstTables + kKltRefinements * 2 * kKltRatios;
+// Symbols of a table; the last one says that a larger number follows.
+inline constexpr int kKltSymbols = 64;
+// Folded levels whose mean is known for each table; the last one stands for all larger.
+inline constexpr int kKltMeans = 8;
+
+// How a coefficient is coded. Its level, folded (0, 1, -1, 2, -2, ... become 0, 1, 2, 3, 4, ...) is
+// cut: the lower `low_bits` are stored as they are, the rest is a symbol of the table.
+struct KltPlace {
+  int16_t table = -1;  // -1: it is not coded
+  int16_t low_bits = 0;
+};
+// In a block's first cut.
+KltPlace FirstPlace(float deviation, float step);
+// In refinement 1.. of it. significant: a level of an earlier cut was not 0.
+KltPlace RefinedPlace(int refinement, bool significant, float deviation, float step);
+
+// Larger levels are clamped: 2^20 steps are beyond what a float's mantissa tells apart.
+inline constexpr int32_t kKltLargestLevel = 1 << 20;
+uint32_t Folded(int32_t level);
+int32_t Unfolded(uint32_t folded);
+
+// What tables say of levels.
+struct KltStatistics {
+  std::vector<kernels::RansTable> tables;  // [kKltTables]
+  // [table][folded level]: how far the mean of what was rounded to a level lies above it, in steps.
+  std::array<std::array<float, kKltMeans>, kKltTables> mean{};
+};
+
+// Immutable after its making, Thread-safe.
+class KltLevels {
+ public:
+  // No tables: levels are rounded to the nearest, and can't be coded yet (under calibration).
+  explicit KltLevels(const KltStatistics& statistics);
+
+  // The level of x (in steps) that costs least, error and bits together.
+  int32_t Round(float x, KltPlace place) const;
+  // What a level stands for, in steps.
+  float Value(int32_t level, KltPlace place) const;
+  // The symbol that a level has.
+  uint8_t SymbolOf(int32_t level, KltPlace place) const;
+
+  // Appends levels to `out`; those whose place has no table are left out.
+  void Write(std::span<const int32_t> levels, std::span<const KltPlace> places,
+             std::vector<std::byte>* out) const;
+  // Reads what Write made of as many levels at these places, and that takes all of `in`.
+  // kDataLoss: it is something else; `levels` are undefined then.
+  Status Read(std::span<const std::byte> in, std::span<const KltPlace> places,
+              std::span<int32_t> levels) const;
+
+ private:
+  float Bits(int32_t level, KltPlace place) const;
+
+  std::array<std::array<float, kKltMeans>, kKltTables> mean_;
+  std::vector<std::array<float, kKltSymbols>> bits_;  // [table][symbol]; escapes with what follows
+  std::vector<std::array<bool, kKltSymbols>> coded_;  // whether the symbol has a frequency
+  kernels::RansEncodeTables encode_tables_;
+  kernels::RansDecodeTables decode_tables_;
+};
+
+}  // namespace kvant::node
