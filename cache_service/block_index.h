@@ -39,6 +39,7 @@ class BlockIndex {
     uint64_t payload_offset = 0;  // in the arena
     uint64_t manifest_offset = 0;
     std::array<uint8_t, kMaxParts> cuts{};
+    std::array<uint32_t, kMaxCuts> cut_ends{};  // as CutEnds
     State state = State::kFree;
   };
 

@@ -273,6 +273,8 @@ Status BlockStore::Impl::Seal(ReservationId id, std::span<const std::byte> manif
             options_.arena.begin() + static_cast<ptrdiff_t>(entry.manifest_offset));
   entry.manifest_bytes = static_cast<uint32_t>(manifest.size());
   entry.cuts = parsed.CutsAvailable();
+  const CutEnds cut_ends = parsed.EndsOfCuts();
+  std::copy(cut_ends.begin(), cut_ends.end(), entry.cut_ends.begin());
   entry.state = State::kSealed;
   queues_.Insert(hold.entry, index_.Fingerprint(entry.key));
   ++stats_.blocks;
@@ -322,8 +324,13 @@ uint32_t BlockStore::Impl::FindSealed(const BlockKey& key) const {
 
 BlockView BlockStore::Impl::ViewOf(uint32_t id) const {
   const BlockIndex::Entry& entry = index_[id];
-  return {entry.key, PayloadOf(entry),
-          options_.arena.subspan(entry.manifest_offset, entry.manifest_bytes), entry.cuts};
+  BlockView view{entry.key,
+                 PayloadOf(entry),
+                 options_.arena.subspan(entry.manifest_offset, entry.manifest_bytes),
+                 entry.cuts,
+                 {}};
+  std::copy(entry.cut_ends.begin(), entry.cut_ends.end(), view.cut_ends.begin());
+  return view;
 }
 
 std::optional<BlockView> BlockStore::Impl::View(const BlockKey& key) const {

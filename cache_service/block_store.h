@@ -79,6 +79,7 @@ struct BlockView {
   std::span<std::byte> payload;         // inside the arena
   std::span<const std::byte> manifest;  // encoded
   std::array<uint8_t, kMaxParts> cuts{};
+  CutEnds cut_ends{};
 };
 
 // How many there are, and how often what happened.

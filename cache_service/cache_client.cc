@@ -1,6 +1,7 @@
 #include "cache_service/cache_client.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "base/bytes.h"
@@ -15,6 +16,29 @@ using Kind = ClientEvent::Kind;
 Status PassedDeadline(std::string_view what) {
   return MakeStatus(StatusCode::kDeadlineExceeded,
                     "{}: the shard did not answer in time; go on without it", what);
+}
+
+// What a reply says of present blocks; nothing where its lists do not fit one another.
+std::optional<std::vector<LookupBlock>> ParsePresent(const wire::LookupReply& reply) {
+  if (reply.payload_bytes_size() != reply.cuts_size()) return std::nullopt;
+  std::vector<LookupBlock> present(static_cast<size_t>(reply.cuts_size()));
+  int next_end = 0;
+  for (int i = 0; i < reply.cuts_size(); ++i) {
+    LookupBlock& block = present[static_cast<size_t>(i)];
+    block.state = LookupState::kPresent;
+    block.cuts = UnpackCuts(reply.cuts(i));
+    block.payload_bytes = reply.payload_bytes(i);
+    block.cut_ends.fill(block.payload_bytes);
+    uint64_t before = 0;
+    for (int cut = 0; cut + 1 < CutCount(block.cuts); ++cut) {
+      if (next_end == reply.cut_ends_size()) return std::nullopt;
+      const uint64_t end = reply.cut_ends(next_end++);
+      if (end <= before || end >= block.payload_bytes) return std::nullopt;
+      before = block.cut_ends[static_cast<size_t>(cut)] = end;
+    }
+  }
+  if (next_end != reply.cut_ends_size()) return std::nullopt;
+  return present;
 }
 
 }  // namespace
@@ -203,20 +227,18 @@ void CacheClient::Impl::OnLookupReply(uint64_t request_id, const Request& reques
   const std::string& states = reply.states();
   const auto present =
       std::count(states.begin(), states.end(), static_cast<char>(LookupState::kPresent));
-  if (states.size() != indices.size() || reply.cuts_size() != present ||
-      reply.payload_bytes_size() != present) {
+  const std::optional<std::vector<LookupBlock>> described = ParsePresent(reply);
+  if (states.size() != indices.size() || !described ||
+      described->size() != static_cast<size_t>(present)) {
     ++stats_.malformed_messages;
     return EndLookupPart(request_id, request.op, OkStatus());
   }
-  int next = 0;
+  size_t next = 0;
   for (size_t i = 0; i < indices.size(); ++i) {
     LookupBlock& block = lookup.blocks[indices[i]];
     block.state = static_cast<LookupState>(std::min<uint8_t>(
         static_cast<uint8_t>(states[i]), static_cast<uint8_t>(LookupState::kUnreachable)));
-    if (block.state != LookupState::kPresent) continue;
-    block.cuts = UnpackCuts(reply.cuts(next));
-    block.payload_bytes = reply.payload_bytes(next);
-    ++next;
+    if (block.state == LookupState::kPresent) block = (*described)[next++];
   }
   EndLookupPart(request_id, request.op, OkStatus());
 }

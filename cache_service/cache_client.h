@@ -37,6 +37,7 @@ struct LookupBlock {
   LookupState state = LookupState::kAbsent;
   std::array<uint8_t, kMaxParts> cuts{};  // there are, per part
   uint64_t payload_bytes = 0;
+  CutEnds cut_ends{};
 };
 
 struct FetchItem {

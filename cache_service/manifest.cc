@@ -293,6 +293,20 @@ std::array<uint8_t, kMaxParts> BlockManifest::CutsAvailable() const {
   return cuts;
 }
 
+int CutCount(const std::array<uint8_t, kMaxParts>& cuts) {
+  return *std::max_element(cuts.begin(), cuts.end());
+}
+
+CutEnds BlockManifest::EndsOfCuts() const {
+  CutEnds ends;
+  ends.fill(payload_bytes());
+  // From the last row on, so that the first row above each cut has the last word.
+  for (size_t i = rows.size(); i-- > 0;) {
+    for (size_t cut = 0; cut < rows[i].cut; ++cut) ends[cut] = rows[i].offset;
+  }
+  return ends;
+}
+
 uint16_t BlockManifest::LayerEnd() const {
   uint16_t end = 0;
   for (const ManifestRow& row : rows) end = std::max<uint16_t>(end, row.layer + 1);

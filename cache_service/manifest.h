@@ -42,6 +42,13 @@ struct ManifestRow {
   friend bool operator==(const ManifestRow&, const ManifestRow&) = default;
 };
 
+// Payload bytes up to the end of each cut, of all parts together; from the last cut on, of the
+// whole payload. All 0: not known.
+using CutEnds = std::array<uint64_t, kMaxCuts>;
+
+// Cuts of the part that has the most.
+int CutCount(const std::array<uint8_t, kMaxParts>& cuts);
+
 // What of a block is wanted: which cuts of each part, in which layers. A value; Validate() says
 // whether it has the one form that its meaning has:
 // 1. layer_begin < layer_end <= kMaxLayers.
@@ -109,6 +116,7 @@ struct BlockManifest {
   }
   // Cuts there are of each part (0: part absent).
   std::array<uint8_t, kMaxParts> CutsAvailable() const;
+  CutEnds EndsOfCuts() const;
   uint16_t LayerEnd() const;  // past the highest layer
 
   friend bool operator==(const BlockManifest&, const BlockManifest&) = default;

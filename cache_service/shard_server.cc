@@ -203,6 +203,9 @@ void ShardServer::Impl::OnLookup(EndpointId endpoint, Session* session,
     const std::optional<BlockView> view = store_.View(key);
     reply->add_cuts(PackCuts(view->cuts));
     reply->add_payload_bytes(view->payload.size());
+    for (int cut = 0; cut + 1 < CutCount(view->cuts); ++cut) {
+      reply->add_cut_ends(view->cut_ends[static_cast<size_t>(cut)]);
+    }
     if (lease > Duration::zero()) Lend(endpoint, session, key, now + lease);
   }
   Send(endpoint, answer);

@@ -56,6 +56,7 @@ TEST(CacheService, PutLookupFetchAcrossShards) {
   EXPECT_EQ(looked.blocks[40].state, LookupState::kAbsent);
   EXPECT_EQ(looked.blocks[3].payload_bytes, blocks[3].payload.size());
   EXPECT_EQ(looked.blocks[3].cuts, (std::array<uint8_t, kMaxParts>{2, 1, 0, 0}));
+  EXPECT_EQ(looked.blocks[3].cut_ends, (CutEnds{600, 900, 900, 900}));
 
   Selection half;
   half.cuts = {1, 1, 0, 0};

@@ -243,6 +243,11 @@ std::vector<Bytes> SeedInputs() {
     found.mutable_lookup_reply()->set_states(std::string("\2\0", 2));
     found.mutable_lookup_reply()->add_cuts(9);
     found.mutable_lookup_reply()->add_payload_bytes(128);
+    // Seeds of both kinds: 9 is one cut of two parts, 18 two.
+    if (request % 2 != 0) {
+      found.mutable_lookup_reply()->set_cuts(0, 18);
+      found.mutable_lookup_reply()->add_cut_ends(64);
+    }
     AppendReply(request, found, &lookup);
     seeds.push_back(lookup);
 

@@ -139,7 +139,8 @@ void SimClient::OnLookup(Operation operation, const ClientEvent& event) {
     }
     const OracleBlock& truth = world_->oracle.Block(keys[i]);
     if (event.blocks[i].payload_bytes != truth.payload.size() ||
-        event.blocks[i].cuts != truth.manifest.CutsAvailable()) {
+        event.blocks[i].cuts != truth.manifest.CutsAvailable() ||
+        event.blocks[i].cut_ends != truth.manifest.EndsOfCuts()) {
       return Fail(fmt::format("a lookup describes block {} wrongly", keys[i].ShortHex()));
     }
     const bool plain = world_->network.Disorder(node_, world_->shards[shard]->node()) == 0;
