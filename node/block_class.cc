@@ -22,30 +22,7 @@ int CutsForBits(const kernels::Codec& codec, int available, int bits) {
   return available;
 }
 
-Part PartOf(SegmentKind kind) {
-  switch (kind) {
-    case SegmentKind::kKey:
-      return Part::kKeys;
-    case SegmentKind::kValue:
-      return Part::kValues;
-    case SegmentKind::kLatent:
-      return Part::kState;
-  }
-  return Part::kState;
-}
-
-std::vector<bool> GlobalLayers(const ModelConfig& config) {
-  std::vector<bool> global;
-  for (int layer = 0; layer < config.layers; ++layer) global.push_back(config.Window(layer) == 0);
-  return global;
-}
-
 }  // namespace
-
-Portion Portion::Meet(const Portion& other) const {
-  return {{std::min(cuts.keys, other.cuts.keys), std::min(cuts.values, other.cuts.values)},
-          std::min(scope, other.scope)};
-}
 
 Result<Wire> ParseWire(std::string_view name) {
   for (const auto& [known, wire] : kWires) {
@@ -95,19 +72,41 @@ std::string Domains::DomainOf(std::string_view tenant) const {
 }
 
 BlockClass::BlockClass(const Model* model, const kernels::Codec* codec,
-                       std::span<const std::byte> cluster_secret)
+                       std::span<const std::byte> cluster_secret, StoredFormPtr form)
     : model_(model),
       codec_(codec),
-      global_layers_(GlobalLayers(model->config())),
-      layout_(*codec, model->config().StateShape(kBlockTokens), model->config().layers),
-      global_layout_(*codec, model->config().StateShape(kBlockTokens), global_layers_),
-      cluster_secret_(cluster_secret.begin(), cluster_secret.end()) {}
+      attended_(*codec, model->config()),
+      cluster_secret_(cluster_secret.begin(), cluster_secret.end()) {
+  if (form == nullptr) form = MakePlainForm(attended_);
+  forms_.push_back(form);
+  const auto read_too = [&](const StoredFormPtr& other) {
+    if (other->tag() != form->tag()) forms_.push_back(other);
+  };
+  if (!form->lossy()) {
+    read_too(MakePlainForm(attended_));
+    if (LosslessFits(attended_)) read_too(MakeLosslessForm(attended_));
+  }
+  longest_rows_.assign(form->rows().begin(), form->rows().end());
+  for (const StoredFormPtr& read : forms_) {
+    // One selection means the same rows of each of them.
+    KV_CHECK(read->rows().size() == longest_rows_.size());
+    for (size_t i = 0; i < longest_rows_.size(); ++i) {
+      longest_rows_[i].max_bytes = std::max(longest_rows_[i].max_bytes, read->rows()[i].max_bytes);
+    }
+  }
+}
 
 Cuts BlockClass::CutsOf(Wire wire) const {
   KV_CHECK(wire != Wire::kAuto);
+  if (form().lossy()) {
+    // Its cuts say no bits: all, all but one, one.
+    const int all = FullCuts().values;
+    const int cuts = wire == Wire::kFull ? all : wire == Wire::kK8V4 ? std::max(1, all - 1) : 1;
+    return {cuts, cuts};
+  }
   const int key_bits = wire == Wire::kFull ? 32 : wire == Wire::kK8V4 ? 8 : 4;
   // Latents are keys as well: they keep as many bits.
-  const int value_bits = layout_.shape().latent ? key_bits : wire == Wire::kFull ? 32 : 4;
+  const int value_bits = layout().shape().latent ? key_bits : wire == Wire::kFull ? 32 : 4;
   return {CutsForBits(*codec_, codec_->key_cuts, key_bits),
           CutsForBits(*codec_, codec_->value_cuts, value_bits)};
 }
@@ -124,39 +123,97 @@ Scope BlockClass::ScopeAttended(size_t block, size_t position) const {
 
 std::vector<Selection> BlockClass::Missing(const Portion* held, const Portion& wanted) const {
   std::vector<Selection> missing;
+  const std::array<uint8_t, kMaxParts> wanted_cuts = form().PartCuts(wanted.cuts);
   const auto add = [&](const std::vector<bool>& layers, const Cuts& from) {
     if (std::find(layers.begin(), layers.end(), true) == layers.end()) return;
+    const std::array<uint8_t, kMaxParts> have = form().PartCuts(from);
     Selection selection;
-    for (const SegmentKind kind : {SegmentKind::kKey, layout_.shape().value_kind()}) {
-      if (from.Of(kind) >= wanted.cuts.Of(kind)) continue;
-      const auto part = static_cast<size_t>(PartOf(kind));
-      selection.first_cuts[part] = static_cast<uint8_t>(from.Of(kind));
-      selection.cuts[part] = static_cast<uint8_t>(wanted.cuts.Of(kind));
+    for (size_t part = 0; part < kMaxParts; ++part) {
+      if (have[part] >= wanted_cuts[part]) continue;
+      selection.first_cuts[part] = have[part];
+      selection.cuts[part] = wanted_cuts[part];
     }
     if (selection.cuts == Selection().cuts) return;
     selection.SetLayers(layers);
     missing.push_back(std::move(selection));
   };
+  const std::vector<bool>& global_layers = form().global_layers();
   const Cuts have = held != nullptr ? held->cuts : Cuts();
   const bool all = wanted.scope == Scope::kAll;
   if (held != nullptr && all && held->scope == Scope::kGlobal) {
-    add(global_layers_, have);
-    std::vector<bool> sliding = global_layers_;
+    add(global_layers, have);
+    std::vector<bool> sliding = global_layers;
     sliding.flip();
     add(sliding, Cuts());
   } else {
-    add(all ? std::vector<bool>(global_layers_.size(), true) : global_layers_, have);
+    add(all ? std::vector<bool>(global_layers.size(), true) : global_layers, have);
   }
   return missing;
 }
 
-uint64_t BlockClass::SelectedBytes(const Selection& selection) const {
+Result<const StoredForm*> BlockClass::FormOf(const BlockManifest& manifest) const {
+  for (const StoredFormPtr& form : forms_) {
+    if (form->tag() == manifest.codec && form->basis() == manifest.basis) return form.get();
+  }
+  std::string read;
+  for (const StoredFormPtr& form : forms_) {
+    if (form->tag() == manifest.codec) {
+      return MakeStatus(StatusCode::kUnsupported,
+                        "it is stored as {} with a codec pack that this node does not have; give "
+                        "all nodes the same pack",
+                        form->name());
+    }
+    read += fmt::format("{}{} (tag {})", read.empty() ? "" : ", ", form->name(), form->tag());
+  }
+  return MakeStatus(StatusCode::kUnsupported,
+                    "it is stored in a form with codec tag {}, and this node reads {}; give all "
+                    "nodes the same release and flags",
+                    manifest.codec, read);
+}
+
+bool BlockClass::MayBe(const LookupBlock& found) const {
+  if (found.state != LookupState::kPresent || found.cuts != form().PartCuts(FullCuts())) {
+    return false;
+  }
+  return std::any_of(forms_.begin(), forms_.end(), [&](const StoredFormPtr& form) {
+    uint64_t least = 0;
+    uint64_t most = 0;
+    for (const StoredRow& row : form->rows()) {
+      least += row.min_bytes;
+      most += row.max_bytes;
+    }
+    return found.payload_bytes >= least && found.payload_bytes <= most;
+  });
+}
+
+uint64_t BlockClass::most_stored_bytes() const { return MostBytes(SelectAll(), {}); }
+
+uint64_t BlockClass::MostBytes(const Selection& selection, const CutEnds& ends) const {
+  std::array<uint64_t, kMaxCuts> most{};
+  for (const StoredRow& row : longest_rows_) {
+    if (selection.Takes(row.part, row.cut, row.layer)) most[row.cut] += row.max_bytes;
+  }
   uint64_t bytes = 0;
-  for (const kernels::PayloadRow& row : layout_.rows()) {
-    const bool takes =
-        selection.Takes(static_cast<uint8_t>(PartOf(row.kind)), static_cast<uint8_t>(row.cut),
-                        static_cast<uint16_t>(row.layer));
-    bytes += takes ? row.length : 0;
+  for (size_t cut = 0; cut < kMaxCuts; ++cut) {
+    const uint64_t stored = ends[cut] - (cut == 0 ? 0 : ends[cut - 1]);
+    bytes += ends.back() == 0 ? most[cut] : std::min(most[cut], stored);
+  }
+  return bytes;
+}
+
+uint64_t BlockClass::LikelyBytes(const Selection& selection, const CutEnds& ends) const {
+  if (ends.back() == 0) return MostBytes(selection, ends);
+  // Rows are taken to shrink alike.
+  std::array<uint64_t, kMaxCuts> taken{};
+  std::array<uint64_t, kMaxCuts> all{};
+  for (const StoredRow& row : form().rows()) {
+    all[row.cut] += row.max_bytes;
+    if (selection.Takes(row.part, row.cut, row.layer)) taken[row.cut] += row.max_bytes;
+  }
+  uint64_t bytes = 0;
+  for (size_t cut = 0; cut < kMaxCuts && all[cut] != 0; ++cut) {
+    const uint64_t stored = ends[cut] - (cut == 0 ? 0 : ends[cut - 1]);
+    bytes += stored * taken[cut] / all[cut];
   }
   return bytes;
 }
@@ -175,44 +232,14 @@ std::vector<BlockKey> BlockClass::Keys(std::span<const int32_t> tokens,
   options.domain = DeriveDomainSecret(cluster_secret_, domain);
   options.model = model_->digest();
   options.layout.block_tokens = kBlockTokens;
-  options.layout.layer_end = static_cast<uint32_t>(layout_.layers());
+  options.layout.layer_end = static_cast<uint32_t>(layout().layers());
   options.layout.head_end = static_cast<uint32_t>(model_->config().kv_heads);
   options.layout.state_kinds = {static_cast<uint8_t>(SegmentKind::kKey),
-                                static_cast<uint8_t>(layout_.shape().value_kind())};
+                                static_cast<uint8_t>(layout().shape().value_kind())};
   // Prefill attends the whole of what the codec stores, so the codec's name says the cut as well.
-  options.numerics_class = std::string(codec_->name) + "/full";
+  options.numerics_class = std::string(codec_->name) + "/full" + form().numerics();
   const std::vector<uint32_t> ids(tokens.begin(), tokens.end());
   return KeyChain(options).Keys(ids);
-}
-
-void BlockClass::EncodeLayer(int layer, const float* keys, const float* values, std::byte* payload,
-                             float* max_errors) const {
-  for (const SegmentKind kind : {SegmentKind::kKey, layout_.shape().value_kind()}) {
-    float errors[kernels::kMaxCuts] = {};
-    codec_->encode(kind, layout_.shape().Of(kind), kind == SegmentKind::kKey ? keys : values,
-                   layout_.MutableRanges(kind, layer, payload), errors);
-    if (max_errors == nullptr) continue;
-    for (size_t i = 0; i < layout_.rows().size(); ++i) {
-      const kernels::PayloadRow& row = layout_.rows()[i];
-      if (row.kind == kind && row.layer == layer) max_errors[i] = errors[row.cut];
-    }
-  }
-}
-
-BlockManifest BlockClass::MakeManifest(const BlockKey& key, std::span<const std::byte> payload,
-                                       std::span<const float> max_errors) const {
-  KV_CHECK(payload.size() == payload_bytes() && max_errors.size() == layout_.rows().size());
-  BlockManifest manifest;
-  manifest.key = key;
-  manifest.codec = static_cast<uint32_t>(codec_->id);
-  manifest.token_count = kBlockTokens;
-  for (size_t i = 0; i < layout_.rows().size(); ++i) {
-    const kernels::PayloadRow& row = layout_.rows()[i];
-    manifest.Append(static_cast<uint8_t>(PartOf(row.kind)), static_cast<uint8_t>(row.cut),
-                    static_cast<uint16_t>(row.layer), static_cast<uint8_t>(row.kind),
-                    payload.subspan(row.offset, row.length), max_errors[i]);
-  }
-  return manifest;
 }
 
 Status BlockClass::CheckManifest(const BlockKey& key, const BlockManifest& manifest) const {
@@ -220,38 +247,23 @@ Status BlockClass::CheckManifest(const BlockKey& key, const BlockManifest& manif
     return DataLoss("block {}: the manifest is of block {}", key.ShortHex(),
                     manifest.key.ShortHex());
   }
-  if (manifest.codec != static_cast<uint32_t>(codec_->id) || manifest.token_count != kBlockTokens ||
-      manifest.rows.size() != layout_.rows().size()) {
-    return DataLoss("block {}: the manifest describes codec {} with {} tokens, not {} with {}",
-                    key.ShortHex(), manifest.codec, manifest.token_count, codec_->name,
+  KV_ASSIGN_OR_RETURN(const StoredForm* form, FormOf(manifest));
+  if (manifest.token_count != kBlockTokens || manifest.rows.size() != form->rows().size()) {
+    return DataLoss("block {}: the manifest describes {} rows of {} tokens, not {} of {}",
+                    key.ShortHex(), manifest.rows.size(), manifest.token_count, form->rows().size(),
                     kBlockTokens);
   }
-  for (const kernels::PayloadRow& row : layout_.rows()) {
-    const bool there =
-        std::any_of(manifest.rows.begin(), manifest.rows.end(), [&](const ManifestRow& other) {
-          return other.part == static_cast<uint8_t>(PartOf(row.kind)) && other.cut == row.cut &&
-                 other.layer == row.layer && other.kind == static_cast<uint8_t>(row.kind) &&
-                 other.offset == row.offset && other.length == row.length;
-        });
-    if (!there) {
-      return DataLoss("block {}: layer {} is not laid out as {} says", key.ShortHex(), row.layer,
-                      codec_->name);
+  uint64_t offset = 0;
+  for (size_t i = 0; i < manifest.rows.size(); ++i) {
+    const ManifestRow& row = manifest.rows[i];
+    const StoredRow& expected = form->rows()[i];
+    if (row.part != expected.part || row.cut != expected.cut || row.layer != expected.layer ||
+        row.kind != expected.kind || row.offset != offset || row.length < expected.min_bytes ||
+        row.length > expected.max_bytes) {
+      return DataLoss("block {}: layer {} is not laid out as codec {}, stored {}, says",
+                      key.ShortHex(), row.layer, codec_->name, form->name());
     }
-  }
-  return OkStatus();
-}
-
-Status BlockClass::CheckLayer(int layer, const Portion& portion,
-                              std::span<const std::byte> bytes) const {
-  KV_CHECK(bytes.size() >= BytesOf(portion));
-  const kernels::PayloadLayout& held = layout(portion.scope);
-  for (const SegmentKind kind : {SegmentKind::kKey, layout_.shape().value_kind()}) {
-    const int count = portion.cuts.Of(kind);
-    size_t sizes[kernels::kMaxCuts] = {};
-    for (int cut = 0; cut < count; ++cut) sizes[cut] = held.Row(kind, cut, layer).length;
-    KV_RETURN_IF_ERROR(codec_->check(kind, layout_.shape().Of(kind),
-                                     held.Ranges(kind, layer, count, bytes.data()),
-                                     std::span(sizes, static_cast<size_t>(count))));
+    offset += row.length;
   }
   return OkStatus();
 }

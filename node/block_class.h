@@ -10,10 +10,13 @@
 
 #include "base/status.h"
 #include "cache_service/block_key.h"
+#include "cache_service/cache_client.h"
 #include "cache_service/manifest.h"
 #include "kernels/codec.h"
 #include "kernels/payload_layout.h"
+#include "node/attended_payload.h"
 #include "node/model.h"
+#include "node/stored_form.h"
 
 namespace kvant::node {
 
@@ -22,36 +25,6 @@ enum class Wire : uint8_t { kFull, kK8V4, kK4V4, kAuto };
 // kInvalidArgument lists the names: full, k8v4, k4v4, auto.
 Result<Wire> ParseWire(std::string_view name);
 std::string_view WireName(Wire wire);
-
-// Extents read of each part, from the base on. All blocks of a class have the same payload order,
-// so the extents that `Cuts` names are a prefix of the payload.
-struct Cuts {
-  int keys = 0;
-  int values = 0;  // or latents
-  bool Covers(const Cuts& other) const { return keys >= other.keys && values >= other.values; }
-  int Of(kernels::SegmentKind kind) const {
-    return kind == kernels::SegmentKind::kKey ? keys : values;
-  }
-  friend bool operator==(const Cuts&, const Cuts&) = default;
-};
-
-// Which layers of a block are held: all, or only the global ones, those that attend every token.
-// No token attends a sliding layer of a block that lies before its window (docs/adr/0016).
-enum class Scope : uint8_t { kGlobal, kAll };
-
-// How much of a block: which extents, of which layers. Cuts alone mean those of all layers.
-struct Portion {
-  Portion(const Cuts& of_cuts, Scope of_scope = Scope::kAll) : cuts(of_cuts), scope(of_scope) {}
-
-  Cuts cuts;
-  Scope scope;
-  bool Covers(const Portion& other) const {
-    return cuts.Covers(other.cuts) && scope >= other.scope;
-  }
-  // What both have.
-  Portion Meet(const Portion& other) const;
-  friend bool operator==(const Portion&, const Portion&) = default;
-};
 
 // Which tenants share blocks: a tenant's domain is its own name unless it was put into another.
 class Domains {
@@ -66,22 +39,33 @@ class Domains {
 };
 
 // Immutable; thread-safe. Borrows the model.
+// Bytes of three kinds are told apart: those attended (the payload in the codec, of fixed sizes),
+// those stored (what the tier has and wires carry; StoredForm), and bf16, with which both are
+// compared.
 class BlockClass {
  public:
+  // form: how blocks of this class are put; nullptr: plain. It is of the same codec and model.
+  // Whatever form has the same numerics (StoredForm::numerics) is read.
   BlockClass(const Model* model, const kernels::Codec* codec,
-             std::span<const std::byte> cluster_secret);
+             std::span<const std::byte> cluster_secret, StoredFormPtr form = nullptr);
 
   const Model& model() const { return *model_; }
   const kernels::Codec& codec() const { return *codec_; }
-  // Of a whole block (kBlockTokens tokens, all layers).
-  const kernels::PayloadLayout& layout() const { return layout_; }
+  const AttendedPayload& attended() const { return attended_; }
+  // The attended payload of a whole block (kBlockTokens tokens, all layers).
+  const kernels::PayloadLayout& layout() const { return layout(Scope::kAll); }
   // Of a block that holds the layers of a scope.
-  const kernels::PayloadLayout& layout(Scope scope) const {
-    return scope == Scope::kAll ? layout_ : global_layout_;
+  const kernels::PayloadLayout& layout(Scope scope) const { return attended_.layout(scope); }
+  // Attended bytes, in memory.
+  uint64_t payload_bytes() const { return layout().total_bytes(); }
+  uint64_t BytesOf(const Portion& portion) const { return attended_.BytesOf(Attended(portion)); }
+  // What is attended of a block of which a portion was read.
+  Portion Attended(const Portion& portion) const {
+    return form().lossy() ? Portion(attended_.FullCuts(), portion.scope) : portion;
   }
-  uint64_t payload_bytes() const { return layout_.total_bytes(); }
-  uint64_t BytesOf(const Portion& portion) const {
-    return layout(portion.scope).BytesOfCuts(portion.cuts.keys, portion.cuts.values);
+  // Whether a block in memory is what those attend who want `wanted`.
+  bool Serves(const Portion& held, const Portion& wanted) const {
+    return held.Covers(wanted) && (!form().lossy() || held.cuts == wanted.cuts);
   }
   // The layers of which a token at `position` or behind it attends anything in block `block` of
   // its sequence. REQUIRES: the block ends at `position` or before.
@@ -89,10 +73,20 @@ class BlockClass {
   // What of a stored block makes `wanted` out of `held` (nullptr: out of nothing). Never a row that
   // `held` has, never one twice; the rows of a layer are all in one selection.
   std::vector<Selection> Missing(const Portion* held, const Portion& wanted) const;
-  // Of a stored block of this class.
-  uint64_t SelectedBytes(const Selection& selection) const;
+  // How blocks are put.
+  const StoredForm& form() const { return *forms_.front(); }
+  // The form of a block in the tier. kUnsupported says what is missing to read it.
+  Result<const StoredForm*> FormOf(const BlockManifest& manifest) const;
+  // Whether a block in the tier may be one of this class, by what a lookup says of it.
+  bool MayBe(const LookupBlock& found) const;
+  // What a selection of a stored block moves at most and, for forecasts, about. ends: what a lookup
+  // said of the block; all 0 where nobody did.
+  uint64_t MostBytes(const Selection& selection, const CutEnds& ends) const;
+  uint64_t LikelyBytes(const Selection& selection, const CutEnds& ends) const;
+  // Of a whole stored block of any form that is read.
+  uint64_t most_stored_bytes() const;
 
-  Cuts FullCuts() const { return {codec_->key_cuts, codec_->value_cuts}; }
+  Cuts FullCuts() const { return form().full_cuts(); }
   // REQUIRES: wire != kAuto.
   Cuts CutsOf(Wire wire) const;
   // What is read of block `block` of a sequence where `read` is read of the others. The first one
@@ -105,27 +99,21 @@ class BlockClass {
 
   // Keys of the whole blocks of `tokens` under `domain`.
   std::vector<BlockKey> Keys(std::span<const int32_t> tokens, std::string_view domain) const;
-  // Writes one layer of a whole block into its payload. keys, values: as a LayerSink gets them,
-  // kBlockTokens tokens. max_errors: nullptr, or [row], as layout().rows(): those of
-  // this layer are set.
+  // Writes one layer of a whole block into its payload, as AttendedPayload does.
   void EncodeLayer(int layer, const float* keys, const float* values, std::byte* payload,
-                   float* max_errors) const;
-  // The manifest of a whole block's payload. max_errors: [row], as layout().rows().
-  BlockManifest MakeManifest(const BlockKey& key, std::span<const std::byte> payload,
-                             std::span<const float> max_errors) const;
+                   float* max_errors) const {
+    attended_.EncodeLayer(layer, keys, values, payload, max_errors);
+  }
   // That a manifest from elsewhere describes a whole block of this class under `key`. kDataLoss
-  // says what differs.
+  // says what differs. kUnsupported: it may, but in a form that is not read here.
   Status CheckManifest(const BlockKey& key, const BlockManifest& manifest) const;
-  // That the bytes of one layer are well-formed in this codec (Codec::check). bytes: a block's
-  // BytesOf(portion) bytes. kDataLoss otherwise. REQUIRES: the layer is in the portion's scope.
-  Status CheckLayer(int layer, const Portion& portion, std::span<const std::byte> bytes) const;
 
  private:
   const Model* model_;
   const kernels::Codec* codec_;
-  std::vector<bool> global_layers_;  // [layers]
-  kernels::PayloadLayout layout_;
-  kernels::PayloadLayout global_layout_;
+  AttendedPayload attended_;
+  std::vector<StoredFormPtr> forms_;     // that are read; the first is written
+  std::vector<StoredRow> longest_rows_;  // of all of them
   std::vector<std::byte> cluster_secret_;
 };
 

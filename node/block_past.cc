@@ -37,7 +37,7 @@ Status BlockPast::Layer(int block, int layer, kernels::LayerTile* out) {
   const Cuts read = block_class_.ReadCuts(static_cast<size_t>(block), read_);
   KV_CHECK(cached.portion.cuts.Covers(read) && layout.Holds(layer));
   KV_RETURN_IF_ERROR(AwaitLayer(cached, layer));
-  *out = FillTile(layout, layer, read, cached.bytes);
+  *out = FillTile(layout, layer, block_class_.Attended(read).cuts, cached.bytes);
   return OkStatus();
 }
 

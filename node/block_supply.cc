@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "node/block_arrival.h"
+
 namespace kvant::node {
 namespace {
 
@@ -14,6 +16,68 @@ using Place = SupplyJob::Place;
 // announces it. It is sealed within the time that one block takes to travel.
 constexpr uint8_t kAnnouncedFetches = 20;
 constexpr Duration kFetchAgainAfter = std::chrono::milliseconds(10);
+
+std::span<const int32_t> TokensOf(const SupplyJob& job, size_t block) {
+  return std::span(job.need.tokens).subspan(block * kBlockTokens, kBlockTokens);
+}
+
+// A block while it is computed.
+class ComputedBlock {
+ public:
+  ComputedBlock(const BlockClass& block_class, const BlockKey& key)
+      : block_class_(block_class),
+        block_(std::make_shared<CachedBlock>(block_class, key, block_class.FullCuts())),
+        errors_(block_class.layout().rows().size()) {
+    block_->computed = true;
+  }
+
+  // Layers come in order, as a LayerSink gets them.
+  void Layer(int layer, const float* keys, const float* values) {
+    if (block_class_.form().lossy()) {
+      // What is attended is made of what is stored, and that of all layers.
+      const auto copy = [](const kernels::SegmentShape& shape, const float* from) {
+        return std::vector<float>(from, from + shape.tokens * shape.kv_heads * shape.head_dim);
+      };
+      exact_keys_.push_back(copy(block_class_.layout().shape().keys, keys));
+      exact_values_.push_back(copy(block_class_.layout().shape().values, values));
+      return;
+    }
+    block_class_.EncodeLayer(layer, keys, values, block_->bytes.data(), errors_.data());
+    block_->MarkReady(layer);
+  }
+
+  // After the last layer. is_put: somebody will ask for stored().
+  void Finish(BlockToStore whole, bool is_put) {
+    const StoredForm& form = block_class_.form();
+    if (!is_put && !form.lossy()) return;
+    whole.max_errors = errors_;
+    whole.keys = exact_keys_;
+    whole.values = exact_values_;
+    form.Encode(whole, block_->bytes, &stored_);
+    if (!form.lossy()) {
+      block_->manifest = std::make_shared<const BlockManifest>(std::move(stored_.manifest));
+      return;
+    }
+    block_->stored = StoredRows(std::move(stored_));
+    block_->manifest = block_->stored.manifest();
+    for (int layer = 0; layer < block_class_.layout().layers(); ++layer) block_->MarkReady(layer);
+  }
+
+  const CachedBlockPtr& block() const { return block_; }
+  // REQUIRES: Finish was told that it is put.
+  std::span<const std::byte> stored() const {
+    const StoredForm& form = block_class_.form();
+    return form.plain() ? block_->bytes : form.lossy() ? block_->stored.bytes() : stored_.bytes;
+  }
+
+ private:
+  const BlockClass& block_class_;
+  CachedBlockPtr block_;
+  StoredBlock stored_;
+  std::vector<float> errors_;
+  std::vector<std::vector<float>> exact_keys_;    // [layers], of a lossy form
+  std::vector<std::vector<float>> exact_values_;  // [layers]
+};
 
 }  // namespace
 
@@ -50,11 +114,20 @@ void BlockSupply::FindNeeds(SupplyJob* job) const {
 }
 
 bool BlockSupply::TakeIfHere(SupplyJob* job, size_t block) {
-  CachedBlockPtr here = cache_->Find(job->keys[block], NeedOf(*job, block));
+  const Portion need = NeedOf(*job, block);
+  CachedBlockPtr here = Serving(*job, block, cache_->Find(job->keys[block], need), need);
   if (here == nullptr) return false;
   job->blocks[block] = std::move(here);
   job->place[block] = Place::kHere;
   return true;
+}
+
+CachedBlockPtr BlockSupply::Serving(const SupplyJob& job, size_t block, const CachedBlockPtr& held,
+                                    const Portion& need) const {
+  if (held == nullptr || block_class_->Serves(held->portion, need)) return held;
+  if (!held->portion.Covers(need) || !held->complete()) return nullptr;
+  return ReadLess(*block_class_, *held, need, TokensOf(job, block),
+                  static_cast<int>(block) * kBlockTokens);
 }
 
 void BlockSupply::TakeLocal(SupplyJob* job) {
@@ -88,8 +161,7 @@ void BlockSupply::PlanSources(const SupplyJobPtr& job) {
   std::vector<size_t> missing;
   for (size_t i = 0; i < job->keys.size(); ++i) {
     if (job->place[i] == Place::kHere) continue;
-    const bool there = !job->found.empty() && job->found[i].state == LookupState::kPresent &&
-                       job->found[i].payload_bytes == block_class_->payload_bytes();
+    const bool there = !job->found.empty() && block_class_->MayBe(job->found[i]);
     (there ? in_tier : missing).push_back(i);
   }
   const auto silent = std::count_if(job->found.begin(), job->found.end(), [](const auto& block) {
@@ -157,8 +229,11 @@ void BlockSupply::DropFailed(SupplyJob* job) {
       job->place[i] = Place::kTier;
       continue;
     }
-    spdlog::warn("block {} (tokens {} to {}) is recomputed: {}", block->key.ShortHex(),
-                 i * kBlockTokens, (i + 1) * kBlockTokens, block->failed.ToString());
+    // The link has said once what is missing to read such blocks.
+    const bool unread = block->failed.code() == StatusCode::kUnsupported;
+    spdlog::log(unread ? spdlog::level::info : spdlog::level::warn,
+                "block {} (tokens {} to {}) is recomputed: {}", block->key.ShortHex(),
+                i * kBlockTokens, (i + 1) * kBlockTokens, block->failed.ToString());
     const bool late = block->failed.code() == StatusCode::kDeadlineExceeded;
     job->blocks[i] = nullptr;
     job->place[i] = Place::kCompute;
@@ -185,7 +260,13 @@ void BlockSupply::RaiseNeeds(SupplyJob* job) {
   // What is here stays in the job until the rest of it has come. Also what was found in memory
   // before the planner chose to read more than it holds.
   for (size_t i = 0; i < job->blocks.size(); ++i) {
-    if (job->place[i] != Place::kHere || job->blocks[i]->portion.Covers(NeedOf(*job, i))) continue;
+    if (job->place[i] != Place::kHere) continue;
+    const Portion need = NeedOf(*job, i);
+    if (block_class_->Serves(job->blocks[i]->portion, need)) continue;
+    if (CachedBlockPtr less = Serving(*job, i, job->blocks[i], need)) {
+      job->blocks[i] = std::move(less);
+      continue;
+    }
     job->place[i] = tier_ != nullptr ? Place::kTier : Place::kCompute;
   }
 }
@@ -195,14 +276,29 @@ CachedBlockPtr BlockSupply::HeldOf(const SupplyJob& job, size_t block) const {
   return held != nullptr ? held : job.blocks[block];
 }
 
+CutEnds BlockSupply::EndsOf(const SupplyJob& job, size_t block) const {
+  // A lookup that did not find the block says nothing of it.
+  return job.found.empty() ? CutEnds() : job.found[block].cut_ends;
+}
+
+uint64_t BlockSupply::StoredBytes(const BlockManifest* known, const CutEnds& ends,
+                                  const Portion* held, const Portion& need) const {
+  uint64_t bytes = 0;
+  for (const Selection& selection : block_class_->Missing(held, need)) {
+    bytes += known != nullptr ? SelectedBytes(*known, selection)
+                              : block_class_->LikelyBytes(selection, ends);
+  }
+  return bytes;
+}
+
 uint64_t BlockSupply::FetchBytes(const SupplyJob& job, std::span<const size_t> blocks,
                                  const Cuts& read) const {
   uint64_t bytes = 0;
   for (const size_t i : blocks) {
-    const Portion need = job.NeedOf(i, *block_class_, read);
     const CachedBlockPtr held = HeldOf(job, i);
-    bytes += block_class_->BytesOf(need);
-    if (held != nullptr) bytes -= block_class_->BytesOf(held->portion.Meet(need));
+    bytes +=
+        StoredBytes(held != nullptr ? held->manifest.get() : nullptr, EndsOf(job, i),
+                    held != nullptr ? &held->portion : nullptr, job.NeedOf(i, *block_class_, read));
   }
   return bytes;
 }
@@ -215,7 +311,8 @@ uint64_t BlockSupply::AlsoFetchBytes(const SupplyJob& job, std::span<const size_
     if (job.place[i] != Place::kHere) continue;
     const Portion need(block_class_->FullCuts(),
                        block_class_->ScopeAttended(i, computed[next] * kBlockTokens));
-    bytes += block_class_->BytesOf(need) - block_class_->BytesOf(job.blocks[i]->portion.Meet(need));
+    const CachedBlock& here = *job.blocks[i];
+    bytes += StoredBytes(here.manifest.get(), EndsOf(job, i), &here.portion, need);
   }
   return bytes;
 }
@@ -227,7 +324,7 @@ void BlockSupply::StartFetches(const SupplyJobPtr& job) {
     if (job->place[i] == Place::kTier && !TakeIfHere(job.get(), i)) wanted.push_back(i);
   }
   std::vector<size_t> indices;
-  std::vector<CachedBlockPtr> blocks;
+  std::vector<BlockFetch> blocks;
   uint64_t bytes = 0;
   for (const size_t i : wanted) {
     const Portion need = NeedOf(*job, i);
@@ -237,11 +334,13 @@ void BlockSupply::StartFetches(const SupplyJobPtr& job) {
     CachedBlockPtr block = held != nullptr && held->failed.ok()
                                ? std::make_shared<CachedBlock>(*block_class_, *held, need)
                                : std::make_shared<CachedBlock>(*block_class_, job->keys[i], need);
-    const uint64_t missing = tier_->MissingBytes(*block);
+    BlockFetch fetch{std::move(block), RunOf(job->keys, i), EndsOf(*job, i), TokensOf(*job, i),
+                     static_cast<int>(i) * kBlockTokens};
+    const uint64_t missing = tier_->MissingBytes(fetch);
     if (missing == 0) {
       // Every layer slides, and none of its tokens is attended any more.
-      CountSliding(*block);
-      job->blocks[i] = std::move(block);
+      CountSliding(*fetch.block, fetch.ends);
+      job->blocks[i] = std::move(fetch.block);
       job->place[i] = Place::kHere;
       continue;
     }
@@ -252,38 +351,41 @@ void BlockSupply::StartFetches(const SupplyJobPtr& job) {
       bytes = 0;
     }
     indices.push_back(i);
-    blocks.push_back(std::move(block));
+    blocks.push_back(std::move(fetch));
     bytes += missing;
   }
   if (!blocks.empty()) static_cast<void>(StartFetch(job, indices, blocks));
 }
 
 bool BlockSupply::StartFetch(const SupplyJobPtr& job, std::span<const size_t> indices,
-                             const std::vector<CachedBlockPtr>& blocks) {
-  std::vector<uint64_t> runs;
-  for (const size_t i : indices) runs.push_back(RunOf(job->keys, i));
-  const bool started = tier_->Fetch(blocks, runs, [weak = std::weak_ptr(job), blocks, this] {
-    for (const CachedBlockPtr& block : blocks) {
-      if (block->complete()) CountSliding(*block);
-    }
-    const SupplyJobPtr waiting = weak.lock();
-    if (waiting == nullptr) return;
-    --waiting->fetches;
-    if (waiting->fetches == 0 && waiting->plan.fetch) ClosePlan(waiting.get());
-  });
+                             const std::vector<BlockFetch>& blocks) {
+  std::vector<std::pair<CachedBlockPtr, CutEnds>> counted;
+  for (const BlockFetch& fetch : blocks) counted.emplace_back(fetch.block, fetch.ends);
+  const bool started =
+      tier_->Fetch(blocks, [weak = std::weak_ptr(job), counted = std::move(counted), this] {
+        for (const auto& [block, ends] : counted) {
+          if (block->complete()) CountSliding(*block, ends);
+        }
+        const SupplyJobPtr waiting = weak.lock();
+        if (waiting == nullptr) return;
+        --waiting->fetches;
+        if (waiting->fetches == 0 && waiting->plan.fetch) ClosePlan(waiting.get());
+      });
   if (!started) return false;
   ++job->fetches;
   for (size_t k = 0; k < indices.size(); ++k) {
-    job->blocks[indices[k]] = blocks[k];
+    job->blocks[indices[k]] = blocks[k].block;
     job->place[indices[k]] = Place::kHere;
-    cache_->Insert(blocks[k]);
+    cache_->Insert(blocks[k].block);
   }
   return true;
 }
 
-void BlockSupply::CountSliding(const CachedBlock& block) {
+void BlockSupply::CountSliding(const CachedBlock& block, const CutEnds& ends) {
   const auto sliding_bytes = [&](const Cuts& cuts) {
-    return block_class_->BytesOf(cuts) - block_class_->BytesOf({cuts, Scope::kGlobal});
+    const Portion global(cuts, Scope::kGlobal);
+    return StoredBytes(block.manifest.get(), ends, nullptr, cuts) -
+           StoredBytes(block.manifest.get(), ends, nullptr, global);
   };
   const uint64_t before = block.copied ? sliding_bytes(block.copied->cuts) : 0;
   if (block.portion.scope == Scope::kGlobal) {
@@ -336,18 +438,24 @@ BlockSupply::Progress BlockSupply::Advance(const SupplyJobPtr& job) {
   return Progress::kReady;
 }
 
-TierLink::PutId BlockSupply::BeginPut(const SupplyJob& job, size_t block) {
+TierLink::PutId BlockSupply::BeginPut(const SupplyJob& job, size_t block, uint64_t stored_bytes) {
   return tier_->BeginPut(job.keys[block], block == 0 ? BlockKey{} : job.keys[block - 1],
-                         RunOf(job.keys, block));
+                         RunOf(job.keys, block), stored_bytes);
 }
 
-TierLink::PutId BlockSupply::PutWhole(const SupplyJob& job, size_t block,
-                                      std::span<const std::byte> payload) {
-  const TierLink::PutId put = BeginPut(job, block);
-  for (int layer = 0; put != 0 && layer < block_class_->layout().layers(); ++layer) {
-    tier_->PutLayer(put, layer, payload);
-  }
-  return put;
+void BlockSupply::PutWhole(const SupplyJobPtr& job, size_t block, const BlockManifest& manifest,
+                           std::span<const std::byte> stored) {
+  const TierLink::PutId put = BeginPut(*job, block, stored.size());
+  if (put != 0) tier_->PutAll(put, stored);
+  Seal(job, block, put, manifest);
+}
+
+BlockToStore BlockSupply::ToStore(const SupplyJob& job, size_t block) {
+  BlockToStore made;
+  made.key = job.keys[block];
+  made.tokens = TokensOf(job, block);
+  made.position = static_cast<int>(block) * kBlockTokens;
+  return made;
 }
 
 void BlockSupply::Seal(const SupplyJobPtr& job, size_t block, TierLink::PutId put,
@@ -368,13 +476,24 @@ void BlockSupply::Seal(const SupplyJobPtr& job, size_t block, TierLink::PutId pu
 }
 
 void BlockSupply::PublishFromMemory(const SupplyJobPtr& job, size_t block) {
-  const CachedBlock& here = *job->blocks[block];
-  if (here.manifest.rows.empty()) {
+  const StoredForm& form = block_class_->form();
+  CachedBlock& here = *job->blocks[block];
+  if (!here.computed) {
     // It was fetched from the tier, so it is there.
     job->need.published(block, OkStatus());
     return;
   }
-  Seal(job, block, PutWhole(*job, block, here.bytes), here.manifest);
+  if (form.plain() || form.lossy()) {
+    PutWhole(job, block, *here.manifest, form.plain() ? here.bytes : here.stored.bytes());
+    return;
+  }
+  std::vector<float> errors;
+  for (const ManifestRow& row : here.manifest->rows) errors.push_back(row.declared_error);
+  BlockToStore again = ToStore(*job, block);
+  again.max_errors = errors;
+  StoredBlock stored;
+  form.Encode(again, here.bytes, &stored);
+  PutWhole(job, block, stored.manifest, stored.bytes);
 }
 
 Status BlockSupply::ComputeNext(const SupplyJobPtr& job) {
@@ -382,26 +501,26 @@ Status BlockSupply::ComputeNext(const SupplyJobPtr& job) {
       std::find(job->place.begin(), job->place.end(), Place::kCompute) - job->place.begin());
   KV_CHECK(index < job->place.size());
   const TimePoint started = clock_->Now();
-  auto block =
-      std::make_shared<CachedBlock>(*block_class_, job->keys[index], block_class_->FullCuts());
-  // A put has a deadline from its beginning on. Where computing might take most of it, what is
-  // computed is put at once afterwards.
-  const bool streams = tier_ != nullptr && computing_ < tier_->timeout() / 4;
-  TierLink::PutId put = streams ? BeginPut(*job, index) : 0;
+  ComputedBlock made(*block_class_, job->keys[index]);
+  // Only a plain block's size is known before all of it is. And a put has a deadline from its
+  // beginning on: where computing might take most of it, what is computed is put at once
+  // afterwards.
+  const bool streams =
+      tier_ != nullptr && block_class_->form().plain() && computing_ < tier_->timeout() / 4;
+  const TierLink::PutId put =
+      streams ? BeginPut(*job, index, block_class_->payload_bytes()) : TierLink::PutId{0};
 
-  std::vector<float> errors(block_class_->layout().rows().size());
   const LayerSink sink = [&](int layer, const float* keys, const float* values) {
-    block_class_->EncodeLayer(layer, keys, values, block->bytes.data(), errors.data());
-    block->MarkReady(layer);
+    made.Layer(layer, keys, values);
     // The shard reads this layer, or the block before this one, while the next layer is computed.
-    if (put != 0) tier_->PutLayer(put, layer, block->bytes);
+    if (put != 0) tier_->PutLayer(put, layer, made.block()->bytes);
     if (tier_ != nullptr) tier_->Poll();
     return OkStatus();
   };
   BlockPast past(*block_class_, std::span(job->blocks).first(index), block_class_->FullCuts(),
                  nullptr);
   PrefillBlock prefill;
-  prefill.tokens = std::span(job->need.tokens).subspan(index * kBlockTokens, kBlockTokens);
+  prefill.tokens = TokensOf(*job, index);
   prefill.position = static_cast<int>(index) * kBlockTokens;
   prefill.past = &past;
   const Status status = decoder_->Prefill(prefill, sink, nullptr);
@@ -409,13 +528,17 @@ Status BlockSupply::ComputeNext(const SupplyJobPtr& job) {
     if (put != 0) tier_->CancelPut(put);
     return status;
   }
+  made.Finish(ToStore(*job, index), tier_ != nullptr);
   computing_ = clock_->Now() - started;
   planner_->SawPrefill(kBlockTokens, computing_);
-  block->manifest = block_class_->MakeManifest(block->key, block->bytes, errors);
-  if (tier_ != nullptr && !streams) put = PutWhole(*job, index, block->bytes);
-  if (tier_ != nullptr) Seal(job, index, put, block->manifest);
+  const CachedBlockPtr& block = made.block();
+  if (streams) {
+    Seal(job, index, put, *block->manifest);
+  } else if (tier_ != nullptr) {
+    PutWhole(job, index, *block->manifest, made.stored());
+  }
   cache_->Insert(block);
-  job->blocks[index] = std::move(block);
+  job->blocks[index] = block;
   job->place[index] = Place::kHere;
   ++stats_.computed_blocks;
   if (!job->plan.fetch &&

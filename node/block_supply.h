@@ -89,8 +89,8 @@ struct SupplyStats {
   uint64_t tier_hit_blocks = 0;
   uint64_t computed_blocks = 0;
   uint64_t asked_blocks = 0;  // of prefill peers
-  // Of sliding layers: bytes of fetched blocks that were left in the tier, since no token would
-  // attend them, and what of them was fetched later, for a shorter prefix.
+  // Of sliding layers: stored bytes of fetched blocks that were left in the tier, since no token
+  // would attend them, and what of them was fetched later, for a shorter prefix.
   uint64_t sliding_bytes_skipped = 0;
   uint64_t sliding_bytes_fetched_later = 0;
 };
@@ -139,6 +139,15 @@ class BlockSupply {
   void RaiseNeeds(SupplyJob* job);
   // The block to be built upon; nullptr if nothing of it is in memory.
   CachedBlockPtr HeldOf(const SupplyJob& job, size_t block) const;
+  // What of a block in memory is attended by who needs `need`: the block itself, or less of it
+  // (ReadLess). nullptr: it does not hold that, or not yet.
+  CachedBlockPtr Serving(const SupplyJob& job, size_t block, const CachedBlockPtr& held,
+                         const Portion& need) const;
+  // Stored bytes that take a block from a portion (nullptr: nothing) to `need`: by its manifest if
+  // `known` came from the tier, else forecast by what a lookup said.
+  uint64_t StoredBytes(const BlockManifest* known, const CutEnds& ends, const Portion* held,
+                       const Portion& need) const;
+  CutEnds EndsOf(const SupplyJob& job, size_t block) const;
   // What a fetch of these blocks would move, were `read` enough for who only reads.
   uint64_t FetchBytes(const SupplyJob& job, std::span<const size_t> blocks, const Cuts& read) const;
   // What computing these blocks would have to fetch of others first.
@@ -146,16 +155,18 @@ class BlockSupply {
   void StartFetches(const SupplyJobPtr& job);
   // Starts one fetch. False: no buffer is free now.
   bool StartFetch(const SupplyJobPtr& job, std::span<const size_t> indices,
-                  const std::vector<CachedBlockPtr>& blocks);
-  void CountSliding(const CachedBlock& block);
+                  const std::vector<BlockFetch>& blocks);
+  void CountSliding(const CachedBlock& block, const CutEnds& ends);
   bool TakeIfHere(SupplyJob* job, size_t block);
   void PublishFromMemory(const SupplyJobPtr& job, size_t block);
   void Seal(const SupplyJobPtr& job, size_t block, TierLink::PutId put,
             const BlockManifest& manifest);
   void ClosePlan(SupplyJob* job);
-  TierLink::PutId BeginPut(const SupplyJob& job, size_t block);
-  // Begins a put of a block whose payload is there. 0: no buffer is free.
-  TierLink::PutId PutWhole(const SupplyJob& job, size_t block, std::span<const std::byte> payload);
+  TierLink::PutId BeginPut(const SupplyJob& job, size_t block, uint64_t stored_bytes);
+  // Puts a block of which all is there.
+  void PutWhole(const SupplyJobPtr& job, size_t block, const BlockManifest& manifest,
+                std::span<const std::byte> stored);
+  static BlockToStore ToStore(const SupplyJob& job, size_t block);
 
   const BlockClass* block_class_;
   LocalCache* cache_;

@@ -42,8 +42,8 @@ uint64_t EncodedBlocks::ManifestBytes(std::span<const int32_t> tokens) const {
   const std::vector<BlockKey> keys = block_class_->Keys(tokens, "tenant/");
   uint64_t bytes = 0;
   for (size_t i = 0; i < blocks_.size(); ++i) {
-    bytes += EncodeManifest(
-                 block_class_->MakeManifest(keys[i], blocks_[i].payload, blocks_[i].max_errors))
+    bytes += EncodeManifest(PlainManifest(block_class_->attended(), keys[i], blocks_[i].payload,
+                                          blocks_[i].max_errors))
                  .size();
   }
   return bytes;

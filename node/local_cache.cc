@@ -1,5 +1,6 @@
 #include "node/local_cache.h"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -18,6 +19,19 @@ CachedBlock::CachedBlock(const BlockClass& block_class, const CachedBlock& held,
     : CachedBlock(block_class, held.key, block_portion) {
   KV_CHECK(held.complete());
   copied = held.portion.Meet(portion);
+  manifest = held.manifest;
+  if (block_class.form().lossy()) {
+    if (manifest == nullptr) return;  // it held nothing
+    const StoredForm& form = block_class.form();
+    const std::vector<ManifestRow>& rows = held.manifest->rows;
+    stored = StoredRows(held.manifest, [&](size_t i) { return form.InPortion(rows[i], portion); });
+    for (size_t i = 0; i < rows.size(); ++i) {
+      if (!form.InPortion(rows[i], *copied)) continue;
+      const std::span<const std::byte> from = held.stored.Row(i);
+      std::copy(from.begin(), from.end(), stored.Row(i).begin());
+    }
+    return;
+  }
   const kernels::PayloadLayout& from = block_class.layout(held.portion.scope);
   const kernels::PayloadLayout& to = block_class.layout(portion.scope);
   for (const kernels::PayloadRow& row : block_class.layout(copied->scope).rows()) {
@@ -58,7 +72,7 @@ CachedBlockPtr LocalCache::Newest(const BlockKey& key) {
 
 void LocalCache::Insert(CachedBlockPtr block) {
   if (limit_bytes_ == 0 || block->bytes.empty()) return;
-  Entry entry{std::move(block), nullptr};
+  Entry entry{std::move(block), nullptr, 0};
   const auto found = entries_.find(entry.block->key);
   if (found != entries_.end() && Settle(found->second)) {
     const Entry& before = *found->second;
@@ -67,17 +81,17 @@ void LocalCache::Insert(CachedBlockPtr block) {
     }
     Erase(found->second);
   }
-  bytes_ += entry.block->bytes.size();
-  if (entry.held != nullptr) {
-    bytes_ += entry.held->bytes.size();
-    ++held_;
-  }
+  Count(&entry);
+  if (entry.held != nullptr) ++held_;
   order_.push_front(std::move(entry));
   entries_[order_.front().block->key] = order_.begin();
   Trim();
 }
 
 void LocalCache::Trim() {
+  if (block_class_->form().lossy()) {
+    for (Entry& entry : order_) Count(&entry);
+  }
   if (bytes_ > limit_bytes_ && held_ != 0) {
     for (auto entry = order_.begin(); entry != order_.end();) Settle(entry++);
   }
@@ -100,19 +114,23 @@ bool LocalCache::Settle(Order::iterator entry) {
   }
   if (entry->held != nullptr && (failed || entry->block->complete())) {
     if (failed) std::swap(entry->block, entry->held);
-    bytes_ -= entry->held->bytes.size();
     entry->held = nullptr;
     --held_;
+    Count(&*entry);
   }
   return true;
 }
 
+void LocalCache::Count(Entry* entry) {
+  const uint64_t counted =
+      entry->block->memory_bytes() + (entry->held != nullptr ? entry->held->memory_bytes() : 0);
+  bytes_ += counted - entry->counted;
+  entry->counted = counted;
+}
+
 void LocalCache::Erase(Order::iterator entry) {
-  bytes_ -= entry->block->bytes.size();
-  if (entry->held != nullptr) {
-    bytes_ -= entry->held->bytes.size();
-    --held_;
-  }
+  bytes_ -= entry->counted;
+  if (entry->held != nullptr) --held_;
   entries_.erase(entry->block->key);
   order_.erase(entry);
 }

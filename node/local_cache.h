@@ -18,19 +18,22 @@ namespace kvant::node {
 
 // One whole block, or a portion of it, perhaps still on its way. Shared by the cache and by the
 // sequences that attend it; written only by who fills it.
-// Invariants: 1. bytes holds the portion's layers and extents, BytesOf(portion) bytes, laid out as
+// Invariants: 1. bytes holds what is attended of the portion, BytesOf(portion) bytes, laid out as
 // layout(portion.scope) says; those of a layer may be read once ready[layer]. 2. A ready layer was
-// verified against its checksums and never changes again.
+// made of bytes that were verified against their checksums, and never changes again.
 struct CachedBlock {
   BlockKey key;
   Portion portion;
   std::optional<Portion> copied;  // what of it came out of a block that was here before
   std::vector<std::byte> bytes;
+  StoredRows stored;           // the portion's rows; of lossy forms only
   std::vector<uint8_t> ready;  // [layers of the model]; 0 for layers out of scope
   int layers_missing = 0;      // layers in scope that are not ready
   Status failed;               // not ok: what is missing will never come
   bool absent = false;         // failed because the tier did not have it
-  BlockManifest manifest;      // with rows only where the whole block was computed here
+  bool computed = false;       // here, and so whole; else it comes from the tier
+  // Of the stored block: that in the tier, or what was put. nullptr: not known, or there is none.
+  std::shared_ptr<const BlockManifest> manifest;
 
   CachedBlock(const BlockClass& block_class, const BlockKey& block_key,
               const Portion& block_portion);
@@ -39,6 +42,7 @@ struct CachedBlock {
   // REQUIRES: held is complete and of the same key.
   CachedBlock(const BlockClass& block_class, const CachedBlock& held, const Portion& block_portion);
   bool complete() const { return layers_missing == 0; }
+  uint64_t memory_bytes() const { return bytes.size() + stored.bytes().size(); }
   void MarkReady(int layer);
 };
 using CachedBlockPtr = std::shared_ptr<CachedBlock>;
@@ -70,13 +74,16 @@ class LocalCache {
  private:
   struct Entry {
     CachedBlockPtr block;
-    CachedBlockPtr held;  // complete, and in use until `block` is complete; usually none
+    CachedBlockPtr held;   // complete, and in use until `block` is complete; usually none
+    uint64_t counted = 0;  // of both, in bytes_
   };
   using Order = std::list<Entry>;  // most recently used first
   // Drops of the two blocks the one that is not needed any more. False: neither is left, and the
   // entry is gone.
   bool Settle(Order::iterator entry);
   void Erase(Order::iterator entry);
+  // Counts what an entry takes now: stored rows of a block on its way get their memory late.
+  void Count(Entry* entry);
 
   const BlockClass* block_class_;
   uint64_t limit_bytes_;

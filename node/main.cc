@@ -53,6 +53,11 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
                    "What is stored and attended: raw, raw-fp16, raw-fp32, tile8, tile4")
       ->capture_default_str();
   command
+      ->add_option(
+          "--store", node->store,
+          "How that stands in the tier and travels: plain, or lossless (raw in fewer bytes)")
+      ->capture_default_str();
+  command
       ->add_option("--wire", node->wire,
                    "What decode reads of it: full, k8v4, k4v4, or auto (by the link's rate)")
       ->capture_default_str();

@@ -42,7 +42,11 @@ Result<std::unique_ptr<NodeRuntime>> NodeRuntime::Create(const NodeOptions& opti
   node->pool_ =
       std::make_unique<kernels::ThreadPool>(options.threads > 0 ? options.threads : cores);
   KV_ASSIGN_OR_RETURN(node->model_, Model::Load(options.model));
-  node->block_class_ = std::make_unique<BlockClass>(node->model_.get(), codec, AsBytes(secret));
+  KV_ASSIGN_OR_RETURN(
+      StoredFormPtr form,
+      MakeStoredForm(options.store, AttendedPayload(*codec, node->model_->config())));
+  node->block_class_ =
+      std::make_unique<BlockClass>(node->model_.get(), codec, AsBytes(secret), std::move(form));
   node->cache_ = std::make_unique<LocalCache>(node->block_class_.get(), options.local_cache_bytes);
   node->planner_ = std::make_unique<Planner>(std::chrono::duration_cast<Duration>(
       std::chrono::duration<double, std::milli>(options.fetch_budget_ms)));

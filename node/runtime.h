@@ -29,6 +29,7 @@ namespace kvant::node {
 struct NodeOptions {
   std::string model;
   std::string codec = "tile8";
+  std::string store = "plain";  // StoredForm
   std::string wire = "full";
   std::vector<std::string> domains;  // "DOMAIN=tenant,tenant"
   std::string secret_file;           // cluster secret; empty: none

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <utility>
 
+#include "node/block_arrival.h"
+
 namespace kvant::node {
 namespace {
 
@@ -17,10 +19,8 @@ constexpr size_t kFetchBlocks = 16;
 constexpr uint64_t kPutChunkBytes = uint64_t{128} << 10;
 // And at most this share of the arena, so that several fetches and puts go on at once.
 constexpr uint64_t kArenaShare = 4;
-
-kernels::SegmentKind KindOf(const ManifestRow& row) {
-  return static_cast<kernels::SegmentKind>(row.kind);
-}
+// Forms that a warning names; more are a mistake, or malice, that need no line each.
+constexpr size_t kMaxWarned = 16;
 
 }  // namespace
 
@@ -29,11 +29,10 @@ struct TierLink::Operation {
   enum class Kind : uint8_t { kLookup, kFetch, kPut };
   // Of a block, the rows of one selection. Few blocks have two.
   struct Item {
-    CachedBlockPtr block;
+    size_t arrival = 0;  // index into arrivals
     uint64_t run = 0;
     uint64_t offset = 0;  // in the buffer
     Selection selection;
-    bool checked = false;           // the manifest fits the class
     std::vector<SelectedRow> rows;  // of the manifest, once it came
   };
   Kind kind = Kind::kLookup;
@@ -43,7 +42,7 @@ struct TierLink::Operation {
   FetchDone fetch_done;
   PutDone put_done;
   std::optional<Status> outcome;       // of a put that ended before it was sealed
-  std::vector<CachedBlockPtr> blocks;  // of a fetch
+  std::vector<BlockArrival> arrivals;  // of a fetch
   std::vector<Item> items;
   uint64_t arrived_bytes = 0;  // of a fetch; of a put, computed and not yet announced
   int next_layer = 0;          // of a put: the first that was not announced
@@ -54,7 +53,8 @@ Result<std::unique_ptr<TierLink>> TierLink::Create(Transport* transport, ShardMa
                                                    const Clock* clock, Planner* planner,
                                                    const TierLinkOptions& options) {
   CacheConnectionOptions connection_options;
-  connection_options.arena_bytes = std::max(options.arena_bytes, 2 * block_class->payload_bytes());
+  connection_options.arena_bytes =
+      std::max(options.arena_bytes, 2 * block_class->most_stored_bytes());
   connection_options.client.name = options.name;
   // The link verifies its own copy of what arrives.
   connection_options.client.verify = false;
@@ -99,16 +99,20 @@ bool TierLink::FetchTakes(size_t blocks, uint64_t bytes) const {
   return blocks <= 1 || (blocks <= kFetchBlocks && bytes <= arena_bytes_ / kArenaShare);
 }
 
-uint64_t TierLink::MissingBytes(const CachedBlock& block) const {
-  return block_class_->BytesOf(block.portion) -
-         (block.copied ? block_class_->BytesOf(*block.copied) : 0);
+uint64_t TierLink::MissingBytes(const BlockFetch& fetch) const {
+  const std::optional<Portion>& copied = fetch.block->copied;
+  uint64_t bytes = 0;
+  for (const Selection& selection :
+       block_class_->Missing(copied ? &*copied : nullptr, fetch.block->portion)) {
+    bytes += block_class_->MostBytes(selection, fetch.ends);
+  }
+  return bytes;
 }
 
-bool TierLink::Fetch(std::vector<CachedBlockPtr> blocks, std::span<const uint64_t> runs,
-                     FetchDone done) {
-  KV_CHECK(!blocks.empty() && blocks.size() == runs.size());
+bool TierLink::Fetch(std::span<const BlockFetch> blocks, FetchDone done) {
+  KV_CHECK(!blocks.empty());
   uint64_t total = 0;
-  for (const CachedBlockPtr& block : blocks) total += MissingBytes(*block);
+  for (const BlockFetch& fetch : blocks) total += MissingBytes(fetch);
   const Result<std::shared_ptr<Lease>> buffer = connection_->Lend(total);
   if (!buffer.ok()) return false;
 
@@ -122,33 +126,35 @@ bool TierLink::Fetch(std::vector<CachedBlockPtr> blocks, std::span<const uint64_
   request.buffer = *buffer;
   request.deadline = now + timeout_;
   uint64_t offset = 0;
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    const std::optional<Portion>& copied = blocks[i]->copied;
+  for (const BlockFetch& fetch : blocks) {
+    const std::optional<Portion>& copied = fetch.block->copied;
     std::vector<Selection> missing =
-        block_class_->Missing(copied ? &*copied : nullptr, blocks[i]->portion);
+        block_class_->Missing(copied ? &*copied : nullptr, fetch.block->portion);
     KV_CHECK(!missing.empty());
     for (Selection& selection : missing) {
-      const uint64_t bytes = block_class_->SelectedBytes(selection);
-      request.items.push_back({blocks[i]->key, runs[i], selection, offset, bytes});
-      operation->items.push_back({blocks[i], runs[i], offset, std::move(selection), false, {}});
+      const uint64_t bytes = block_class_->MostBytes(selection, fetch.ends);
+      request.items.push_back({fetch.block->key, fetch.run, selection, offset, bytes});
+      operation->items.push_back(
+          {operation->arrivals.size(), fetch.run, offset, std::move(selection), {}});
       offset += bytes;
     }
+    operation->arrivals.emplace_back(block_class_, fetch.block, fetch.tokens, fetch.position);
   }
-  operation->blocks = std::move(blocks);
   operations_[connection_->client().Fetch(std::move(request), now)] = std::move(operation);
   return true;
 }
 
-TierLink::PutId TierLink::BeginPut(const BlockKey& key, const BlockKey& parent, uint64_t run) {
-  const Result<std::shared_ptr<Lease>> buffer = connection_->Lend(block_class_->payload_bytes());
+TierLink::PutId TierLink::BeginPut(const BlockKey& key, const BlockKey& parent, uint64_t run,
+                                   uint64_t stored_bytes) {
+  const Result<std::shared_ptr<Lease>> buffer = connection_->Lend(stored_bytes);
   if (!buffer.ok()) return 0;
   const TimePoint now = clock_->Now();
   PutRequest request;
   request.key = key;
   request.parent = parent;
   request.run = run;
-  request.payload_bytes = block_class_->payload_bytes();
-  request.manifest_rows = block_class_->layout().rows().size();
+  request.payload_bytes = stored_bytes;
+  request.manifest_rows = block_class_->form().rows().size();
   request.buffer = *buffer;
   request.deadline = now + timeout_;
   auto operation = std::make_unique<Operation>();
@@ -183,6 +189,15 @@ void TierLink::PutLayer(PutId put, int layer, std::span<const std::byte> payload
   operation.arrived_bytes = 0;
 }
 
+void TierLink::PutAll(PutId put, std::span<const std::byte> stored) {
+  const auto found = operations_.find(put);
+  if (found == operations_.end() || found->second->outcome.has_value()) return;
+  const std::span<std::byte> buffer = found->second->buffer->bytes();
+  KV_CHECK(stored.size() <= buffer.size());
+  std::memcpy(buffer.data(), stored.data(), stored.size());
+  connection_->client().PutReady(put, 0, stored.size(), clock_->Now());
+}
+
 void TierLink::SealPut(PutId put, const BlockManifest& manifest, PutDone done) {
   const auto found = operations_.find(put);
   KV_CHECK(found != operations_.end());
@@ -211,64 +226,40 @@ void TierLink::FailBlock(const CachedBlockPtr& block, const Status& status) {
   spdlog::info("block {} was not fetched: {}", block->key.ShortHex(), status.ToString());
 }
 
-Status TierLink::AcceptCopied(CachedBlock* block, const BlockManifest& manifest) const {
-  if (!block->copied) return OkStatus();
-  const Portion& copied = *block->copied;
-  const kernels::PayloadLayout& copied_layout = block_class_->layout(copied.scope);
-  const kernels::PayloadLayout& layout = block_class_->layout(block->portion.scope);
-  for (size_t i = 0; i < manifest.rows.size(); ++i) {
-    const ManifestRow& row = manifest.rows[i];
-    if (row.cut >= copied.cuts.Of(KindOf(row)) || !copied_layout.Holds(row.layer)) continue;
-    const uint64_t offset = layout.Row(KindOf(row), row.cut, row.layer).offset;
-    if (VerifyRange(manifest, i, std::span(block->bytes).subspan(offset, row.length)).ok())
-      continue;
-    return Unavailable(
-        "the tier's copy of layer {} is not the one of which a part was here: it was evicted and "
-        "put again by a node with other kernels",
-        row.layer);
+void TierLink::WarnUnread(const BlockManifest& manifest, const Status& status) {
+  ++stats_.unread_blocks;
+  const std::pair<uint32_t, std::optional<Digest>> form(manifest.codec, manifest.basis);
+  if (warned_of_.size() >= kMaxWarned ||
+      std::find(warned_of_.begin(), warned_of_.end(), form) != warned_of_.end()) {
+    return;
   }
-  if (!copied.cuts.Covers(block->portion.cuts)) return OkStatus();
-  for (int layer = 0; layer < layout.layers(); ++layer) {
-    if (copied_layout.Holds(layer)) block->MarkReady(layer);
-  }
-  return OkStatus();
+  warned_of_.push_back(form);
+  spdlog::warn("block {} is recomputed, and so are others like it: {}", manifest.key.ShortHex(),
+               status.message());
 }
 
 void TierLink::OnLayer(Operation* operation, const ClientEvent& event) {
   Operation::Item& item = operation->items[event.item];
-  CachedBlock& block = *item.block;
-  if (!block.failed.ok()) return;
-  const BlockManifest& manifest = *event.manifest;
+  BlockArrival& arrival = operation->arrivals[item.arrival];
+  const CachedBlockPtr& block = arrival.block();
+  if (!block->failed.ok()) return;
   const auto fail = [&](const Status& status) {
-    ++stats_.data_loss;
-    connection_->client().ReportCorrupt(block.key, item.run, clock_->Now());
-    FailBlock(item.block, status);
+    if (status.code() == StatusCode::kDataLoss) {
+      ++stats_.data_loss;
+      connection_->client().ReportCorrupt(block->key, item.run, clock_->Now());
+    }
+    if (status.code() == StatusCode::kUnsupported) WarnUnread(*event.manifest, status);
+    FailBlock(block, status);
   };
-  if (!item.checked) {
-    const Status status = block_class_->CheckManifest(block.key, manifest);
-    if (!status.ok()) return fail(status);
-    const Status copied = AcceptCopied(&block, manifest);
-    if (!copied.ok()) return FailBlock(item.block, copied);
-    item.rows = SelectRows(manifest, item.selection);
-    item.checked = true;
-  }
-  const kernels::PayloadLayout& layout = block_class_->layout(block.portion.scope);
-  const std::byte* packed = operation->buffer->bytes().data() + item.offset;
-  // Copied first and verified where it will be read, so that nothing can change in between.
-  for (const SelectedRow& selected : item.rows) {
-    const ManifestRow& row = manifest.rows[selected.row];
-    if (row.layer != event.layer) continue;
-    const uint64_t offset = layout.Row(KindOf(row), row.cut, row.layer).offset;
-    const std::span<std::byte> to = std::span(block.bytes).subspan(offset, row.length);
-    std::memcpy(to.data(), packed + selected.packed_offset, row.length);
-    const Status status = VerifyRange(manifest, selected.row, to);
-    if (!status.ok()) return fail(status);
-    stats_.fetched_bytes += row.length;
-    operation->arrived_bytes += row.length;
-  }
-  const Status status = block_class_->CheckLayer(event.layer, block.portion, block.bytes);
+  const Status accepted = arrival.Accept(event.manifest);
+  if (!accepted.ok()) return fail(accepted);
+  if (item.rows.empty()) item.rows = SelectRows(*event.manifest, item.selection);
+  uint64_t bytes = 0;
+  const Status status = arrival.TakeLayer(event.layer, item.rows,
+                                          operation->buffer->bytes().data() + item.offset, &bytes);
   if (!status.ok()) return fail(status);
-  block.MarkReady(event.layer);
+  stats_.fetched_bytes += bytes;
+  operation->arrived_bytes += bytes;
 }
 
 void TierLink::OnEvent(const ClientEvent& event) {
@@ -288,7 +279,8 @@ void TierLink::OnEvent(const ClientEvent& event) {
       OnLayer(operation, event);
       return;
     case ClientEvent::Kind::kItemDone: {
-      const CachedBlockPtr& block = operation->items[event.item].block;
+      const CachedBlockPtr& block =
+          operation->arrivals[operation->items[event.item].arrival].block();
       if (event.status.ok() && event.present) return;
       if (block->failed.ok()) block->absent = event.status.ok();
       FailBlock(block, event.status.ok() ? Unavailable("the tier does not have it (any more)")
@@ -296,8 +288,8 @@ void TierLink::OnEvent(const ClientEvent& event) {
       return;
     }
     case ClientEvent::Kind::kFetchDone: {
-      for (const CachedBlockPtr& block : operation->blocks) {
-        stats_.fetched_blocks += block->complete() ? 1 : 0;
+      for (const BlockArrival& arrival : operation->arrivals) {
+        stats_.fetched_blocks += arrival.block()->complete() ? 1 : 0;
       }
       if (event.status.ok() && operation->arrived_bytes != 0) {
         planner_->SawFetch(operation->arrived_bytes, took);

@@ -6,8 +6,10 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "base/clock.h"
@@ -21,9 +23,10 @@ namespace kvant::node {
 
 struct TierStats {
   uint64_t fetched_blocks = 0;
-  uint64_t fetched_bytes = 0;  // payload, verified
+  uint64_t fetched_bytes = 0;  // payload as it is stored, verified
   uint64_t failed_blocks = 0;  // unreachable, gone meanwhile, too late
-  uint64_t data_loss = 0;      // bytes that did not match their checksum
+  uint64_t unread_blocks = 0;  // of those: stored in a form that this node does not read
+  uint64_t data_loss = 0;      // bytes that did not match their checksum, or were not well-formed
   uint64_t put_blocks = 0;
   uint64_t put_already_there = 0;
   uint64_t put_failed = 0;
@@ -34,6 +37,15 @@ struct TierLinkOptions {
   std::string name = "node";                   // said to the shards, for their logs
   Duration timeout = std::chrono::seconds(5);  // of one lookup, fetch or put
   uint64_t arena_bytes = uint64_t{64} << 20;   // for blocks on their way; two blocks at least
+};
+
+// A block to be fetched, new, and its place in its sequence.
+struct BlockFetch {
+  CachedBlockPtr block;
+  uint64_t run = 0;
+  CutEnds ends{};                     // what a lookup said of it, or 0
+  std::span<const int32_t> tokens{};  // its own; borrowed for the call
+  int position = 0;                   // of the first
 };
 
 // Single-owner. Callbacks run inside Poll and must not call back into the link's Poll.
@@ -60,20 +72,23 @@ class TierLink {
 
   // REQUIRES: chain starts at a chain's block whose index is a multiple of kRunBlocks.
   void Lookup(std::span<const BlockKey> chain, LookupDone done);
-  // Fills `blocks` (new ones): moves what of their portions was not copied into them, and nothing
-  // else. runs[i] is the run of blocks[i]. False: no buffer free now, try again after a Poll.
-  // REQUIRES: each block lacks something.
-  bool Fetch(std::vector<CachedBlockPtr> blocks, std::span<const uint64_t> runs, FetchDone done);
+  // Fills blocks: moves what of their portions was not copied into them, and nothing else. False:
+  // no buffer free now, try again after a Poll. REQUIRES: each block lacks something.
+  bool Fetch(std::span<const BlockFetch> blocks, FetchDone done);
   // Whether one Fetch should take so many blocks that lack so many bytes together.
   bool FetchTakes(size_t blocks, uint64_t bytes) const;
-  // What a block was made without.
-  uint64_t MissingBytes(const CachedBlock& block) const;
+  // Stored bytes that a block was made without, at most. 0: it lacks nothing.
+  uint64_t MissingBytes(const BlockFetch& fetch) const;
 
-  // Starts to publish a block. 0: no buffer free now.
-  PutId BeginPut(const BlockKey& key, const BlockKey& parent, uint64_t run);
-  // The rows of this layer stand in `payload` (a whole block's). Layers come in order.
+  // Starts to publish a block of so many stored bytes. 0: no buffer free now.
+  PutId BeginPut(const BlockKey& key, const BlockKey& parent, uint64_t run, uint64_t stored_bytes);
+  // The rows of this layer stand in `payload` (a whole block's, stored plain). Layers come in
+  // order.
   void PutLayer(PutId put, int layer, std::span<const std::byte> payload);
-  // REQUIRES: PutLayer was called for every layer; `put` was neither sealed nor cancelled before.
+  // All that is stored, at once.
+  void PutAll(PutId put, std::span<const std::byte> stored);
+  // REQUIRES: PutAll was called, or PutLayer for every layer; `put` was neither sealed nor
+  // cancelled before.
   void SealPut(PutId put, const BlockManifest& manifest, PutDone done);
   void CancelPut(PutId put);
 
@@ -90,10 +105,9 @@ class TierLink {
   struct Operation;
   void OnEvent(const ClientEvent& event);
   void OnLayer(Operation* operation, const ClientEvent& event);
-  // That what was copied into the block is what the manifest describes; its layers that lack
-  // nothing are ready then. kUnavailable: the tier's copy was written by somebody else.
-  Status AcceptCopied(CachedBlock* block, const BlockManifest& manifest) const;
   void FailBlock(const CachedBlockPtr& block, const Status& status);
+  // Once for each tag and basis that blocks could not be read for.
+  void WarnUnread(const BlockManifest& manifest, const Status& status);
 
   std::unique_ptr<CacheConnection> connection_;
   Transport* transport_ = nullptr;
@@ -106,6 +120,7 @@ class TierLink {
   std::function<void()> beside_;
   std::unordered_map<OpId, std::unique_ptr<Operation>> operations_;
   std::vector<ClientEvent> events_;
+  std::vector<std::pair<uint32_t, std::optional<Digest>>> warned_of_;
 };
 
 }  // namespace kvant::node

@@ -327,7 +327,9 @@ TEST_P(Sliding, APartOfAnotherWritingIsNotBuiltUpon) {
   const SupplyJobPtr written = Supply(*writer_.node, Wire::kFull);
   WatchedShard::Node reader = Connect(uint64_t{8} << 20);
   const SupplyJobPtr first = Supply(*reader.node, Wire::kFull);
-  first->blocks[1]->bytes.front() ^= std::byte{1};
+  auto other = std::make_shared<BlockManifest>(*first->blocks[1]->manifest);
+  other->rows.front().checksum ^= 1;
+  first->blocks[1]->manifest = other;
   const SupplyJobPtr shorter = Supply(*reader.node, Wire::kFull, 3);
   EXPECT_EQ(reader.node->supply().stats().computed_blocks, 1u);
   EXPECT_EQ(shorter->blocks[1]->bytes, written->blocks[1]->bytes);
@@ -424,6 +426,9 @@ TEST(Portions, WhatIsHeldAndWhatIsMissingAreWhatIsWanted) {
     options.node.codec = codec;
     NodeWorld world(options);
     const BlockClass& blocks = world.node().block_class();
+    const BlockManifest manifest =
+        PlainManifest(blocks.attended(), {}, std::vector<std::byte>(blocks.payload_bytes()),
+                      std::vector<float>(blocks.layout().rows().size()));
     std::vector<Portion> portions;
     for (int keys = 1; keys <= blocks.FullCuts().keys; ++keys) {
       for (int values = 1; values <= blocks.FullCuts().values; ++values) {
@@ -439,7 +444,7 @@ TEST(Portions, WhatIsHeldAndWhatIsMissingAreWhatIsWanted) {
         uint64_t bytes = 0;
         for (const Selection& selection : missing) {
           ASSERT_TRUE(selection.Validate().ok());
-          bytes += blocks.SelectedBytes(selection);
+          bytes += SelectedBytes(manifest, selection);
         }
         const uint64_t have = held == nullptr ? 0 : blocks.BytesOf(held->Meet(wanted));
         EXPECT_EQ(bytes, blocks.BytesOf(wanted) - have);
@@ -505,7 +510,7 @@ TEST(Manifests, OfAnotherShapeAreRefused) {
   const std::vector<BlockKey> keys = blocks.Keys(Tokens(), "tenant/");
   const std::vector<std::byte> payload(blocks.payload_bytes());
   const std::vector<float> errors(blocks.layout().rows().size());
-  const BlockManifest good = blocks.MakeManifest(keys[0], payload, errors);
+  const BlockManifest good = PlainManifest(blocks.attended(), keys[0], payload, errors);
   ASSERT_TRUE(good.Validate().ok());
   EXPECT_TRUE(blocks.CheckManifest(keys[0], good).ok());
   EXPECT_EQ(blocks.CheckManifest(keys[1], good).code(), StatusCode::kDataLoss);
@@ -514,7 +519,9 @@ TEST(Manifests, OfAnotherShapeAreRefused) {
     spoil(&bad);
     return blocks.CheckManifest(keys[0], bad).code() == StatusCode::kDataLoss;
   };
-  EXPECT_TRUE(refuses([](BlockManifest* bad) { ++bad->codec; }));
+  BlockManifest unread = good;
+  unread.codec = 77;
+  EXPECT_EQ(blocks.CheckManifest(keys[0], unread).code(), StatusCode::kUnsupported);
   EXPECT_TRUE(refuses([](BlockManifest* bad) { --bad->token_count; }));
   EXPECT_TRUE(refuses([](BlockManifest* bad) { bad->rows.pop_back(); }));
   EXPECT_TRUE(refuses([](BlockManifest* bad) { bad->rows.push_back(bad->rows[0]); }));

@@ -1,0 +1,63 @@
+// One block on its way out of the tier into a node's memory: what of it has come is verified,
+// decoded where it is stored in another form than it is attended in, and made ready.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "base/status.h"
+#include "cache_service/manifest.h"
+#include "node/block_class.h"
+#include "node/local_cache.h"
+#include "node/stored_form.h"
+
+namespace kvant::node {
+
+// Single-owner; borrows the class. Not used any more after an error.
+class BlockArrival {
+ public:
+  // tokens: the block's, copied; position: of the first. REQUIRES: the block is not complete, or
+  // empty.
+  BlockArrival(const BlockClass* block_class, CachedBlockPtr block, std::span<const int32_t> tokens,
+               int position);
+
+  // What the tier says that the block is; later calls do nothing. Layers of which nothing is
+  // missing are ready then.
+  // kDataLoss: it is no block of this class. kUnsupported: it is in a form that is not read here.
+  // kUnavailable: what the block was begun with is of another writing.
+  Status Accept(const std::shared_ptr<const BlockManifest>& manifest);
+  // All rows of a selection that are of one manifest layer have arrived, at `packed` plus their
+  // packed_offset. Copies them to where they will be read and verifies them there, so that nothing
+  // can change in between. Returns their bytes in `bytes`.
+  // kDataLoss: a checksum differs, or they are not well-formed.
+  // REQUIRES: Accept was ok; `rows` is SelectRows of one selection of what is missing.
+  Status TakeLayer(uint16_t layer, std::span<const SelectedRow> rows, const std::byte* packed,
+                   uint64_t* bytes);
+
+  const CachedBlockPtr& block() const { return block_; }
+
+ private:
+  // Where a row stands once it was verified.
+  std::span<std::byte> Place(size_t row);
+  Status Arrived(uint16_t layer);
+
+  const BlockClass* block_class_;
+  CachedBlockPtr block_;
+  std::vector<int32_t> tokens_;
+  int position_;
+  const StoredForm* form_ = nullptr;
+  StoredRows arrived_;  // of a form that is neither plain nor lossy
+  std::unique_ptr<StoredReader> reader_;
+  std::vector<int> ready_;
+};
+
+// The block that those attend who want `wanted` of one that holds more, in a form where that is not
+// the same (BlockClass::Serves). nullptr: its stored rows are not well-formed.
+// REQUIRES: held is complete and covers it; the form is lossy.
+CachedBlockPtr ReadLess(const BlockClass& block_class, const CachedBlock& held,
+                        const Portion& wanted, std::span<const int32_t> tokens, int position);
+
+}  // namespace kvant::node

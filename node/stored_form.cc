@@ -1,0 +1,251 @@
+#include "node/stored_form.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "kernels/lossless.h"
+#include "node/decoder.h"
+
+namespace kvant::node {
+namespace {
+
+constexpr std::string_view kPlain = "plain";
+constexpr std::string_view kLossless = "lossless";
+
+// Those of the attended payload.
+std::vector<StoredRow> RowsOf(const AttendedPayload& attended) {
+  std::vector<StoredRow> rows;
+  for (const kernels::PayloadRow& row : attended.layout(Scope::kAll).rows()) {
+    rows.push_back({static_cast<uint8_t>(PartOf(row.kind)), static_cast<uint8_t>(row.cut),
+                    static_cast<uint16_t>(row.layer), static_cast<uint8_t>(row.kind), row.length,
+                    row.length});
+  }
+  return rows;
+}
+
+class PlainForm final : public StoredForm {
+ public:
+  explicit PlainForm(const AttendedPayload& attended)
+      : StoredForm(FactsOf(attended)), attended_(attended) {}
+
+  void Encode(const BlockToStore& block, std::span<std::byte> payload,
+              StoredBlock* out) const override {
+    out->manifest = PlainManifest(attended_, block.key, payload, block.max_errors);
+    out->bytes.clear();
+  }
+
+  std::unique_ptr<StoredReader> MakeReader(const BlockToRead& block) const override {
+    return std::make_unique<Reader>(attended_, block);
+  }
+
+ private:
+  class Reader final : public StoredReader {
+   public:
+    Reader(const AttendedPayload& attended, const BlockToRead& block)
+        : attended_(attended), block_(block) {}
+
+    Status Arrived(uint16_t layer, std::vector<int>* ready) override {
+      KV_RETURN_IF_ERROR(attended_.CheckLayer(layer, block_.portion, block_.payload));
+      ready->push_back(layer);
+      return OkStatus();
+    }
+
+   private:
+    const AttendedPayload& attended_;
+    BlockToRead block_;
+  };
+
+  static Facts FactsOf(const AttendedPayload& attended) {
+    Facts facts;
+    facts.name = kPlain;
+    facts.tag = static_cast<uint32_t>(attended.codec().id);
+    facts.plain = true;
+    facts.rows = RowsOf(attended);
+    facts.global_layers = attended.global_layers();
+    return facts;
+  }
+
+  AttendedPayload attended_;
+};
+
+// The rows of `raw` (bf16), each as one lossless segment.
+class LosslessForm final : public StoredForm {
+ public:
+  explicit LosslessForm(const AttendedPayload& attended)
+      : StoredForm(FactsOf(attended)), attended_(attended) {
+    KV_CHECK(LosslessFits(attended));
+  }
+
+  void Encode(const BlockToStore& block, std::span<std::byte> payload,
+              StoredBlock* out) const override {
+    const kernels::PayloadLayout& layout = attended_.layout(Scope::kAll);
+    KV_CHECK(payload.size() == layout.total_bytes() &&
+             block.max_errors.size() == layout.rows().size());
+    kernels::LosslessCoder coder;
+    out->manifest = {};
+    out->manifest.key = block.key;
+    out->manifest.codec = tag();
+    out->manifest.token_count = kBlockTokens;
+    out->bytes.clear();
+    for (size_t i = 0; i < layout.rows().size(); ++i) {
+      const kernels::PayloadRow& from = layout.rows()[i];
+      const StoredRow& row = rows()[i];
+      const size_t begin = out->bytes.size();
+      coder.Encode(from.kind, layout.shape().Of(from.kind),
+                   reinterpret_cast<const uint16_t*>(payload.data() + from.offset), &out->bytes);
+      out->manifest.Append(row.part, row.cut, row.layer, row.kind,
+                           std::span(out->bytes).subspan(begin), block.max_errors[i]);
+    }
+  }
+
+  std::unique_ptr<StoredReader> MakeReader(const BlockToRead& block) const override {
+    return std::make_unique<Reader>(attended_, block);
+  }
+
+ private:
+  class Reader final : public StoredReader {
+   public:
+    Reader(const AttendedPayload& attended, const BlockToRead& block)
+        : attended_(attended), block_(block) {}
+
+    Status Arrived(uint16_t layer, std::vector<int>* ready) override {
+      const kernels::PayloadLayout& layout = attended_.layout(block_.portion.scope);
+      for (size_t i = 0; i < block_.manifest->rows.size(); ++i) {
+        const ManifestRow& row = block_.manifest->rows[i];
+        // What was copied out of a block in memory stands decoded in the payload.
+        if (row.layer != layer || !block_.stored->Holds(i)) continue;
+        const auto kind = static_cast<kernels::SegmentKind>(row.kind);
+        const uint64_t offset = layout.Row(kind, row.cut, row.layer).offset;
+        KV_RETURN_IF_ERROR(
+            coder_.Decode(kind, layout.shape().Of(kind), block_.stored->Row(i),
+                          reinterpret_cast<uint16_t*>(block_.payload.data() + offset)));
+      }
+      KV_RETURN_IF_ERROR(attended_.CheckLayer(layer, block_.portion, block_.payload));
+      ready->push_back(layer);
+      return OkStatus();
+    }
+
+   private:
+    const AttendedPayload& attended_;
+    BlockToRead block_;
+    kernels::LosslessCoder coder_;
+  };
+
+  static Facts FactsOf(const AttendedPayload& attended) {
+    Facts facts;
+    facts.name = kLossless;
+    facts.tag = static_cast<uint32_t>(FormTag::kLossless);
+    facts.rows = RowsOf(attended);
+    for (StoredRow& row : facts.rows) {
+      row.min_bytes = 1;
+      row.max_bytes = kernels::LosslessBound(row.max_bytes / sizeof(uint16_t));
+    }
+    facts.global_layers = attended.global_layers();
+    return facts;
+  }
+
+  AttendedPayload attended_;
+};
+
+}  // namespace
+
+BlockManifest PlainManifest(const AttendedPayload& attended, const BlockKey& key,
+                            std::span<const std::byte> payload, std::span<const float> max_errors) {
+  const auto rows = attended.layout(Scope::kAll).rows();
+  KV_CHECK(max_errors.size() == rows.size());
+  BlockManifest manifest;
+  manifest.key = key;
+  manifest.codec = static_cast<uint32_t>(attended.codec().id);
+  manifest.token_count = kBlockTokens;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const kernels::PayloadRow& row = rows[i];
+    manifest.Append(static_cast<uint8_t>(PartOf(row.kind)), static_cast<uint8_t>(row.cut),
+                    static_cast<uint16_t>(row.layer), static_cast<uint8_t>(row.kind),
+                    payload.subspan(row.offset, row.length), max_errors[i]);
+  }
+  return manifest;
+}
+
+StoredRows::StoredRows(std::shared_ptr<const BlockManifest> manifest,
+                       const std::function<bool(size_t row)>& wanted)
+    : manifest_(std::move(manifest)), offsets_(manifest_->rows.size(), kNone) {
+  uint64_t bytes = 0;
+  for (size_t row = 0; row < offsets_.size(); ++row) {
+    if (!wanted(row)) continue;
+    offsets_[row] = bytes;
+    bytes += manifest_->rows[row].length;
+  }
+  bytes_.resize(bytes);
+}
+
+StoredRows::StoredRows(StoredBlock block)
+    : manifest_(std::make_shared<const BlockManifest>(std::move(block.manifest))),
+      bytes_(std::move(block.bytes)) {
+  KV_CHECK(bytes_.size() == manifest_->payload_bytes());
+  for (const ManifestRow& row : manifest_->rows) offsets_.push_back(row.offset);
+}
+
+std::span<std::byte> StoredRows::Row(size_t row) {
+  KV_CHECK(Holds(row));
+  return std::span(bytes_).subspan(offsets_[row], manifest_->rows[row].length);
+}
+
+std::span<const std::byte> StoredRows::Row(size_t row) const {
+  KV_CHECK(Holds(row));
+  return std::span(bytes_).subspan(offsets_[row], manifest_->rows[row].length);
+}
+
+StoredForm::StoredForm(Facts facts) : facts_(std::move(facts)) {
+  KV_CHECK(!facts_.rows.empty() && facts_.lossy == !facts_.numerics.empty());
+  bool keys = false;
+  for (const StoredRow& row : facts_.rows) {
+    const bool of_keys = row.part == static_cast<uint8_t>(Part::kKeys);
+    int& cuts = of_keys ? full_cuts_.keys : full_cuts_.values;
+    cuts = std::max(cuts, row.cut + 1);
+    keys = keys || of_keys;
+    KV_CHECK(row.layer < facts_.global_layers.size() && row.min_bytes <= row.max_bytes);
+  }
+  if (!keys) full_cuts_.keys = full_cuts_.values;
+}
+
+std::array<uint8_t, kMaxParts> StoredForm::PartCuts(const Cuts& cuts) const {
+  std::array<uint8_t, kMaxParts> part_cuts{};
+  for (const StoredRow& row : facts_.rows) {
+    part_cuts[row.part] = static_cast<uint8_t>(
+        row.part == static_cast<uint8_t>(Part::kKeys) ? cuts.keys : cuts.values);
+  }
+  return part_cuts;
+}
+
+bool StoredForm::InPortion(const ManifestRow& row, const Portion& portion) const {
+  return row.cut < PartCuts(portion.cuts)[row.part] &&
+         (portion.scope == Scope::kAll || facts_.global_layers[row.layer]);
+}
+
+StoredFormPtr MakePlainForm(const AttendedPayload& attended) {
+  return std::make_shared<PlainForm>(attended);
+}
+
+bool LosslessFits(const AttendedPayload& attended) {
+  return attended.codec().id == kernels::CodecId::kRawBf16;
+}
+
+StoredFormPtr MakeLosslessForm(const AttendedPayload& attended) {
+  return std::make_shared<LosslessForm>(attended);
+}
+
+Result<StoredFormPtr> MakeStoredForm(std::string_view name, const AttendedPayload& attended) {
+  if (name == kPlain) return MakePlainForm(attended);
+  if (name != kLossless) {
+    return InvalidArgument("unknown stored form '{}': use {} or {}", name, kPlain, kLossless);
+  }
+  if (!LosslessFits(attended)) {
+    return InvalidArgument(
+        "stored form '{}' codes the bf16 numbers of codec raw, and the codec is {}; use --codec "
+        "raw",
+        name, attended.codec().name);
+  }
+  return MakeLosslessForm(attended);
+}
+
+}  // namespace kvant::node

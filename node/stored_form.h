@@ -1,0 +1,173 @@
+// How a block stands in the tier and travels. The plain form is the attended payload itself; others
+// have fewer bytes, of lengths that only the block's manifest knows, and are made when a block is
+// put and read when it is fetched (docs/adr/0020).
+//
+// A form says which rows a block's manifest has. Their `layer` is the form's own: the model's in
+// plain and lossless blocks; elsewhere it may be a group of layers that are read together.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/status.h"
+#include "cache_service/block_key.h"
+#include "cache_service/manifest.h"
+#include "node/attended_payload.h"
+
+namespace kvant::node {
+
+// BlockManifest::codec of forms that are not plain; a plain block has its kernels::CodecId, which
+// are below. docs/block-format.md lists them.
+enum class FormTag : uint32_t { kLossless = 16, kKlt = 17 };
+
+// A row that every whole block of a form has.
+struct StoredRow {
+  uint8_t part = 0;
+  uint8_t cut = 0;
+  uint16_t layer = 0;
+  uint8_t kind = 0;
+  uint64_t min_bytes = 1;
+  uint64_t max_bytes = 1;
+};
+
+// A whole block that was computed.
+struct BlockToStore {
+  BlockKey key;
+  std::span<const int32_t> tokens;    // kBlockTokens of them
+  int position = 0;                   // of the first
+  std::span<const float> max_errors;  // [row], as AttendedPayload::EncodeLayer set them; not lossy
+  // Lossy forms only: what a LayerSink got, [layers][kBlockTokens x width of its keys or values].
+  std::span<const std::vector<float>> keys;
+  std::span<const std::vector<float>> values;
+};
+struct StoredBlock {
+  BlockManifest manifest;
+  std::vector<std::byte> bytes;  // in the order of the manifest's rows; empty of a plain block
+};
+
+// Some rows of one stored block in memory of their own, in the order of its manifest.
+class StoredRows {
+ public:
+  StoredRows() = default;
+  // Room for the rows that are wanted (by index), none of them filled.
+  StoredRows(std::shared_ptr<const BlockManifest> manifest,
+             const std::function<bool(size_t row)>& wanted);
+  // Of a block that is here whole.
+  explicit StoredRows(StoredBlock block);
+
+  // nullptr: there are none.
+  const std::shared_ptr<const BlockManifest>& manifest() const { return manifest_; }
+  bool Holds(size_t row) const { return offsets_[row] != kNone; }
+  // REQUIRES: Holds(row).
+  std::span<std::byte> Row(size_t row);
+  std::span<const std::byte> Row(size_t row) const;
+  std::span<const std::byte> bytes() const { return bytes_; }
+
+ private:
+  static constexpr uint64_t kNone = ~uint64_t{0};
+  std::shared_ptr<const BlockManifest> manifest_;
+  std::vector<uint64_t> offsets_;  // [rows of the manifest]
+  std::vector<std::byte> bytes_;
+};
+
+// A block of which a portion is read. All is borrowed for the reader's life, but for the manifest.
+struct BlockToRead {
+  std::shared_ptr<const BlockManifest> manifest;  // passed BlockClass::CheckManifest
+  std::span<const int32_t> tokens;                // kBlockTokens of them
+  int position = 0;                               // of the first
+  Portion portion{Cuts()};
+  std::span<std::byte> payload;        // what will be attended
+  const StoredRows* stored = nullptr;  // rows that arrived; of a lossy form also those held before
+};
+
+// Makes a block's attended payload out of its stored rows as they arrive. Single-owner.
+class StoredReader {
+ public:
+  virtual ~StoredReader() = default;
+  // All of the portion's rows of one of the form's layers are there and were verified: in
+  // BlockToRead::stored; of a plain block in the payload, and so what was copied there of layers
+  // that a block in memory had. Called once a layer, in any order. Appends the layers of the model
+  // that may be attended now. kDataLoss: the bytes are not well-formed.
+  virtual Status Arrived(uint16_t layer, std::vector<int>* ready) = 0;
+};
+
+// Immutable; thread-safe.
+class StoredForm {
+ public:
+  virtual ~StoredForm() = default;
+  StoredForm(const StoredForm&) = delete;
+  StoredForm& operator=(const StoredForm&) = delete;
+
+  std::string_view name() const { return facts_.name; }
+  uint32_t tag() const { return facts_.tag; }
+  // What a reader must have, e.g. the digest of a codec pack; part of every manifest.
+  const std::optional<Digest>& basis() const { return facts_.basis; }
+  // Whether what is stored is the attended payload, byte for byte.
+  bool plain() const { return facts_.plain; }
+  // Whether the stored block is less exact than what was computed, so that what is attended is
+  // decoded from it, by who computed it as well. Then
+  // 1. what is attended depends on the form, so the form is part of the numerics class;
+  // 2. any cuts give a whole payload, those of fewer cuts another one, so that a block in memory
+  //    serves those who want exactly its cuts;
+  // 3. blocks in memory keep their stored rows: they are what more of the block builds upon, and
+  //    what is published.
+  bool lossy() const { return facts_.lossy; }
+  // Behind the codec's name in the numerics class; empty unless lossy.
+  const std::string& numerics() const { return facts_.numerics; }
+  // Of a whole block, in the manifest's order.
+  std::span<const StoredRow> rows() const { return facts_.rows; }
+  // [the form's layers]: whether it is needed where only the model's global layers are attended.
+  const std::vector<bool>& global_layers() const { return facts_.global_layers; }
+  // All there are.
+  const Cuts& full_cuts() const { return full_cuts_; }
+  // Cuts of each part that `cuts` names, as in a Selection.
+  std::array<uint8_t, kMaxParts> PartCuts(const Cuts& cuts) const;
+  // Whether a row is in a portion.
+  bool InPortion(const ManifestRow& row, const Portion& portion) const;
+
+  // Makes what is stored. payload: the attended one, which a lossy form writes and others read.
+  virtual void Encode(const BlockToStore& block, std::span<std::byte> payload,
+                      StoredBlock* out) const = 0;
+  virtual std::unique_ptr<StoredReader> MakeReader(const BlockToRead& block) const = 0;
+
+ protected:
+  struct Facts {
+    std::string name;
+    uint32_t tag = 0;
+    std::optional<Digest> basis{};
+    bool plain = false;
+    bool lossy = false;
+    std::string numerics;
+    std::vector<StoredRow> rows;
+    std::vector<bool> global_layers;
+  };
+  explicit StoredForm(Facts facts);
+
+ private:
+  Facts facts_;
+  Cuts full_cuts_;
+};
+using StoredFormPtr = std::shared_ptr<const StoredForm>;
+
+// The manifest of a whole block stored plain. max_errors: [row], as AttendedPayload::EncodeLayer
+// set them.
+BlockManifest PlainManifest(const AttendedPayload& attended, const BlockKey& key,
+                            std::span<const std::byte> payload, std::span<const float> max_errors);
+
+// Any codec.
+StoredFormPtr MakePlainForm(const AttendedPayload& attended);
+// Segments of kernels/lossless.h. REQUIRES: LosslessFits(attended).
+StoredFormPtr MakeLosslessForm(const AttendedPayload& attended);
+bool LosslessFits(const AttendedPayload& attended);
+// The form `kvant --store` names. kInvalidArgument: there is none of that name (the message lists
+// them), or it does not fit the codec.
+Result<StoredFormPtr> MakeStoredForm(std::string_view name, const AttendedPayload& attended);
+
+}  // namespace kvant::node
