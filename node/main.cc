@@ -11,6 +11,7 @@
 #include "node/calibrate.h"
 #include "node/eval_command.h"
 #include "node/generate.h"
+#include "node/klt_bench.h"
 #include "node/logits_command.h"
 #include "node/report.h"
 #include "node/requests.h"
@@ -278,6 +279,18 @@ int Main(int argc, char** argv) {
   }
   bench_node->add_option("--model", bench.model, "Hugging Face model directory")->required();
   bench_node->add_option("--threads", bench.threads, "Compute threads (default: one a core)");
+  KltBenchOptions bench_klt;
+  CLI::App* bench_klt_command =
+      bench_command->add_subcommand("klt", "A codec pack's speed beside prefill, on one core");
+  bench_klt_command
+      ->add_option("--model", bench_klt.model, "Hugging Face model directory, or a GGUF file")
+      ->required();
+  bench_klt_command->add_option("--pack", bench_klt.pack, "The model's codec pack")->required();
+  bench_klt_command->add_option("--text", bench_klt.text, "Text to code")->required();
+  bench_klt_command->add_option("--tokens", bench_klt.tokens, "Of the text, a multiple of 64")
+      ->check(CLI::Range(kBlockTokens, 1 << 20))
+      ->capture_default_str();
+  bench_klt_command->add_option("--json", bench_klt.json, "File that the rows go to");
 
   try {
     app.parse(argc, argv);
@@ -297,6 +310,7 @@ int Main(int argc, char** argv) {
     }
     return ExitWith(Generate(generate));
   }
+  if (bench_klt_command->parsed()) return ExitWith(BenchKlt(bench_klt));
   if (logits_command->parsed()) return ExitWith(WriteLogits(logits));
   if (calibrate_command->parsed()) return ExitWith(Calibrate(calibrate));
   if (eval_command->parsed()) return ExitWith(Eval(eval));

@@ -1,0 +1,24 @@
+// Blocks that stand in the tier as conditional transform coding makes them, and are attended in
+// another codec (docs/klt.md, "In the tier").
+#pragma once
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/status.h"
+#include "node/klt_pack.h"
+#include "node/model.h"
+#include "node/stored_form.h"
+
+namespace kvant::node {
+
+// cuts: names of the pack's, those that a block holds: one, or several that refine each other
+// (KltPack::refining), comma-separated. What all of them say is what prefill attends, so they are
+// part of the numerics class, as the pack is. Borrows the model. kInvalidArgument: cuts that there
+// are not, or that can't be held together (lists those that can).
+Result<StoredFormPtr> MakeKltForm(const Model* model, std::shared_ptr<const KltPack> pack,
+                                  std::string_view cuts, const AttendedPayload& attended);
+
+}  // namespace kvant::node
