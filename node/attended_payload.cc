@@ -39,15 +39,16 @@ AttendedPayload::AttendedPayload(const kernels::Codec& codec, const ModelConfig&
       all_(codec, config.StateShape(kBlockTokens), config.layers),
       global_(codec, config.StateShape(kBlockTokens), global_layers_) {}
 
-void AttendedPayload::EncodeLayer(int layer, const float* keys, const float* values,
+void AttendedPayload::EncodeLayer(int layer, Scope scope, const float* keys, const float* values,
                                   std::byte* payload, float* max_errors) const {
-  for (const SegmentKind kind : {SegmentKind::kKey, all_.shape().value_kind()}) {
+  const kernels::PayloadLayout& to = layout(scope);
+  for (const SegmentKind kind : {SegmentKind::kKey, to.shape().value_kind()}) {
     float errors[kernels::kMaxCuts] = {};
-    codec().encode(kind, all_.shape().Of(kind), kind == SegmentKind::kKey ? keys : values,
-                   all_.MutableRanges(kind, layer, payload), errors);
+    codec().encode(kind, to.shape().Of(kind), kind == SegmentKind::kKey ? keys : values,
+                   to.MutableRanges(kind, layer, payload), errors);
     if (max_errors == nullptr) continue;
-    for (size_t i = 0; i < all_.rows().size(); ++i) {
-      const kernels::PayloadRow& row = all_.rows()[i];
+    for (size_t i = 0; i < to.rows().size(); ++i) {
+      const kernels::PayloadRow& row = to.rows()[i];
       if (row.kind == kind && row.layer == layer) max_errors[i] = errors[row.cut];
     }
   }

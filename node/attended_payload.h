@@ -64,10 +64,11 @@ class AttendedPayload {
   uint64_t BytesOf(const Portion& portion) const {
     return layout(portion.scope).BytesOfCuts(portion.cuts.keys, portion.cuts.values);
   }
-  // Writes one layer of a whole block. keys, values: as a LayerSink gets them, kBlockTokens tokens.
-  // max_errors: nullptr, or [row], as layout(kAll).rows(): those of this layer are set.
-  void EncodeLayer(int layer, const float* keys, const float* values, std::byte* payload,
-                   float* max_errors) const;
+  // Writes one layer of a block that holds the layers of a scope. keys, values: as a LayerSink gets
+  // them, kBlockTokens tokens. max_errors: nullptr, or [row], as layout(scope).rows(): those of
+  // this layer are set. REQUIRES: the layer is in the scope.
+  void EncodeLayer(int layer, Scope scope, const float* keys, const float* values,
+                   std::byte* payload, float* max_errors) const;
   // That the bytes of one layer are well-formed in this codec (Codec::check). bytes: a block's
   // BytesOf(portion) bytes. kDataLoss otherwise. REQUIRES: the layer is in the portion's scope.
   Status CheckLayer(int layer, const Portion& portion, std::span<const std::byte> bytes) const;

@@ -84,7 +84,7 @@ BlockClass::BlockClass(const Model* model, const kernels::Codec* codec,
   };
   if (!form->lossy()) {
     read_too(MakePlainForm(attended_));
-    if (LosslessFits(attended_)) read_too(MakeLosslessForm(attended_));
+    if (LosslessFits(*codec)) read_too(MakeLosslessForm(attended_));
   }
   longest_rows_.assign(form->rows().begin(), form->rows().end());
   for (const StoredFormPtr& read : forms_) {

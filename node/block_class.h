@@ -102,7 +102,7 @@ class BlockClass {
   // Writes one layer of a whole block into its payload, as AttendedPayload does.
   void EncodeLayer(int layer, const float* keys, const float* values, std::byte* payload,
                    float* max_errors) const {
-    attended_.EncodeLayer(layer, keys, values, payload, max_errors);
+    attended_.EncodeLayer(layer, Scope::kAll, keys, values, payload, max_errors);
   }
   // That a manifest from elsewhere describes a whole block of this class under `key`. kDataLoss
   // says what differs. kUnsupported: it may, but in a form that is not read here.

@@ -213,6 +213,7 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
   Json report = {
       {"model", setup.model},
       {"codec", setup.codec},
+      {"store", setup.store},
       {"wire", setup.wire},
       {"transport", setup.transport},
       {"roles", setup.roles},
@@ -284,12 +285,13 @@ Result<std::string> FormatReport(const Json& report, const Json* without_cache) 
     const auto number = [&report](const char* field) { return report.at(field).get<double>(); };
     const double prompt = number("prompt_tokens");
     const auto share = [prompt](double tokens) { return 100.0 * Ratio(tokens, prompt); };
-    page += fmt::format("{} on {} rank{} ({}), {} over {}, decode reads {}\n\n",
-                        report.at("model").get<std::string>(), report.at("ranks").get<int>(),
-                        report.at("ranks") == 1 ? "" : "s", report.at("roles").get<std::string>(),
-                        report.at("codec").get<std::string>(),
-                        report.at("transport").get<std::string>(),
-                        report.at("wire").get<std::string>());
+    const std::string store = report.value("store", "plain");
+    page += fmt::format(
+        "{} on {} rank{} ({}), {}{} over {}, decode reads {}\n\n",
+        report.at("model").get<std::string>(), report.at("ranks").get<int>(),
+        report.at("ranks") == 1 ? "" : "s", report.at("roles").get<std::string>(),
+        report.at("codec").get<std::string>(), store == "plain" ? "" : " stored " + store,
+        report.at("transport").get<std::string>(), report.at("wire").get<std::string>());
     line("requests",
          fmt::format("{:.0f}, {:.0f} failed", number("requests"), number("failed_requests")));
     line("prompt tokens", fmt::format("{:.0f}", prompt));

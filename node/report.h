@@ -31,6 +31,7 @@ nlohmann::json CacheRankReport(int rank, const std::string& host, const ServerSt
 struct RunSetup {
   std::string model;  // name shown
   std::string codec;
+  std::string store;  // StoredForm::name
   std::string wire;
   std::string transport;
   std::string roles;

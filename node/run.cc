@@ -157,6 +157,7 @@ Result<int> RunAlone(const RunOptions& options) {
   node.Drain();
   const RunSetup setup{ModelName(options.node.model),
                        options.node.codec,
+                       options.node.store,
                        options.node.wire,
                        session->transport_name(),
                        "decode=1",
@@ -269,6 +270,7 @@ Result<int> RunRank(const RunOptions& options, MpiJob& job) {
 
   RunSetup setup{ModelName(options.node.model),
                  options.node.codec,
+                 options.node.store,
                  options.node.wire,
                  job.transport_name(),
                  job.roles(),

@@ -26,6 +26,7 @@ Result<std::unique_ptr<NodeRuntime>> NodeRuntime::Create(const NodeOptions& opti
   std::unique_ptr<NodeRuntime> node(new NodeRuntime);
   node->options_ = options;
   KV_ASSIGN_OR_RETURN(const kernels::Codec* codec, kernels::FindCodec(options.codec));
+  KV_RETURN_IF_ERROR(CheckStoredForm(options.store, *codec));
   KV_ASSIGN_OR_RETURN(node->wire_, ParseWire(options.wire));
   KV_ASSIGN_OR_RETURN(node->domains_, Domains::Parse(options.domains));
   std::string secret;
@@ -42,9 +43,8 @@ Result<std::unique_ptr<NodeRuntime>> NodeRuntime::Create(const NodeOptions& opti
   node->pool_ =
       std::make_unique<kernels::ThreadPool>(options.threads > 0 ? options.threads : cores);
   KV_ASSIGN_OR_RETURN(node->model_, Model::Load(options.model));
-  KV_ASSIGN_OR_RETURN(
-      StoredFormPtr form,
-      MakeStoredForm(options.store, AttendedPayload(*codec, node->model_->config())));
+  StoredFormPtr form =
+      MakeStoredForm(options.store, AttendedPayload(*codec, node->model_->config()));
   node->block_class_ =
       std::make_unique<BlockClass>(node->model_.get(), codec, AsBytes(secret), std::move(form));
   node->cache_ = std::make_unique<LocalCache>(node->block_class_.get(), options.local_cache_bytes);

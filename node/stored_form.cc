@@ -73,7 +73,7 @@ class LosslessForm final : public StoredForm {
  public:
   explicit LosslessForm(const AttendedPayload& attended)
       : StoredForm(FactsOf(attended)), attended_(attended) {
-    KV_CHECK(LosslessFits(attended));
+    KV_CHECK(LosslessFits(attended.codec()));
   }
 
   void Encode(const BlockToStore& block, std::span<std::byte> payload,
@@ -226,26 +226,27 @@ StoredFormPtr MakePlainForm(const AttendedPayload& attended) {
   return std::make_shared<PlainForm>(attended);
 }
 
-bool LosslessFits(const AttendedPayload& attended) {
-  return attended.codec().id == kernels::CodecId::kRawBf16;
-}
+bool LosslessFits(const kernels::Codec& codec) { return codec.id == kernels::CodecId::kRawBf16; }
 
 StoredFormPtr MakeLosslessForm(const AttendedPayload& attended) {
   return std::make_shared<LosslessForm>(attended);
 }
 
-Result<StoredFormPtr> MakeStoredForm(std::string_view name, const AttendedPayload& attended) {
-  if (name == kPlain) return MakePlainForm(attended);
-  if (name != kLossless) {
-    return InvalidArgument("unknown stored form '{}': use {} or {}", name, kPlain, kLossless);
+Status CheckStoredForm(std::string_view name, const kernels::Codec& codec) {
+  if (name != kPlain && name != kLossless) {
+    return InvalidArgument("unknown store '{}': use {} or {}", name, kPlain, kLossless);
   }
-  if (!LosslessFits(attended)) {
+  if (name == kLossless && !LosslessFits(codec)) {
     return InvalidArgument(
-        "stored form '{}' codes the bf16 numbers of codec raw, and the codec is {}; use --codec "
-        "raw",
-        name, attended.codec().name);
+        "store '{}' is for the bf16 numbers of codec raw, not for {}; use --codec raw", name,
+        codec.name);
   }
-  return MakeLosslessForm(attended);
+  return OkStatus();
+}
+
+StoredFormPtr MakeStoredForm(std::string_view name, const AttendedPayload& attended) {
+  KV_CHECK(CheckStoredForm(name, attended.codec()).ok());
+  return name == kPlain ? MakePlainForm(attended) : MakeLosslessForm(attended);
 }
 
 }  // namespace kvant::node

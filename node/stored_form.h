@@ -163,11 +163,13 @@ BlockManifest PlainManifest(const AttendedPayload& attended, const BlockKey& key
 
 // Any codec.
 StoredFormPtr MakePlainForm(const AttendedPayload& attended);
-// Segments of kernels/lossless.h. REQUIRES: LosslessFits(attended).
+// Segments of kernels/lossless.h. REQUIRES: LosslessFits(codec).
 StoredFormPtr MakeLosslessForm(const AttendedPayload& attended);
-bool LosslessFits(const AttendedPayload& attended);
-// The form `kvant --store` names. kInvalidArgument: there is none of that name (the message lists
-// them), or it does not fit the codec.
-Result<StoredFormPtr> MakeStoredForm(std::string_view name, const AttendedPayload& attended);
+bool LosslessFits(const kernels::Codec& codec);
+// Whether there is a form of this name for a codec, before a model is loaded. kInvalidArgument:
+// there is none (the message lists the names), or it does not fit the codec.
+Status CheckStoredForm(std::string_view name, const kernels::Codec& codec);
+// The form `--store` names. REQUIRES: CheckStoredForm.
+StoredFormPtr MakeStoredForm(std::string_view name, const AttendedPayload& attended);
 
 }  // namespace kvant::node

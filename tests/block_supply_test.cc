@@ -12,11 +12,11 @@
 #include <string>
 #include <vector>
 
-#include "cache_service/shard_server.h"
 #include "node/block_class.h"
 #include "node/scheduler.h"
 #include "tests/support/node_world.h"
 #include "tests/support/random_requests.h"
+#include "tests/support/watched_shard.h"
 
 namespace kvant::node {
 namespace {
@@ -24,90 +24,13 @@ namespace {
 using support::kTinyContext;
 using support::NodeWorld;
 using support::NodeWorldOptions;
+using support::Supply;
+using support::WatchedShard;
 using testing::HasSubstr;
 
-constexpr size_t kBlocks = 5;
+constexpr size_t kBlocks = support::kWatchedBlocks;
 
-std::vector<int32_t> Tokens() {
-  std::vector<int32_t> tokens(kBlocks * kBlockTokens + 9);
-  for (size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<int32_t>('a' + i * i % 7);
-  return tokens;
-}
-
-// A shard whose memory the test looks into, and nodes that share it.
-class WatchedShard {
- public:
-  WatchedShard() : memory_(4 << 20), transport_(hub_.MakeTransport()) {
-    KV_CHECK(transport_->Listen("loopback:shard").ok());
-    region_ = *transport_->Register(memory_);
-    ShardServerOptions options;
-    options.store.arena = memory_;
-    server_ = std::make_unique<ShardServer>(options);
-    pump_ = std::make_unique<ServerPump>(transport_.get(), server_.get());
-  }
-  struct Node {
-    std::unique_ptr<Transport> transport;
-    std::unique_ptr<NodeRuntime> node;
-  };
-  Node Connect(const std::string& codec, uint64_t local_cache_bytes,
-               const std::filesystem::path& model = support::TinyModel()) {
-    Node made;
-    made.transport = hub_.MakeTransport();
-    NodeOptions options = NodeWorldOptions().node;
-    options.model = model;
-    options.codec = codec;
-    options.local_cache_bytes = local_cache_bytes;
-    made.node = *NodeRuntime::Create(options);
-    const Status status = made.node->ConnectTier(
-        made.transport.get(), *ShardMap::Make(kStaticEpoch, {Shard{"loopback:shard"}}),
-        std::chrono::seconds(2), [this] { pump_->Turn(SteadyClock().Now()); });
-    KV_CHECK(status.ok());
-    made.node->Start(nullptr);
-    // Else a tiny model is computed too fast for anything to be fetched.
-    for (int i = 0; i < 100; ++i) made.node->planner().SawPrefill(1, std::chrono::hours(1));
-    return made;
-  }
-  // Whole payloads as they lie in the shard's memory: where each begins.
-  const std::byte* Find(std::span<const std::byte> payload) const {
-    const auto found = std::search(memory_.begin(), memory_.end(), payload.begin(), payload.end());
-    return found == memory_.end() ? nullptr : &*found;
-  }
-  ServerStats stats() const { return server_->stats(); }
-
- private:
-  LoopbackHub hub_;
-  std::vector<std::byte> memory_;
-  std::unique_ptr<Transport> transport_;
-  std::unique_ptr<MemoryRegion> region_;
-  std::unique_ptr<ShardServer> server_;
-  std::unique_ptr<ServerPump> pump_;
-};
-
-SupplyJobPtr Supply(NodeRuntime& node, Wire wire, size_t blocks = kBlocks) {
-  SupplyNeed need;
-  need.tokens = Tokens();
-  need.blocks = blocks;
-  need.domain = "tenant/";
-  need.wire = wire;
-  const SupplyJobPtr job = node.supply().Start(std::move(need));
-  const TimePoint deadline = SteadyClock().Now() + std::chrono::seconds(20);
-  const auto all_complete = [&] {
-    return std::all_of(job->blocks.begin(), job->blocks.end(),
-                       [](const CachedBlockPtr& block) { return block && block->complete(); });
-  };
-  while (!all_complete()) {
-    if (SteadyClock().Now() >= deadline) {
-      ADD_FAILURE() << "the blocks do not come";
-      break;
-    }
-    node.tier()->Poll();
-    if (node.supply().Advance(job) == BlockSupply::Progress::kCompute) {
-      EXPECT_TRUE(node.supply().ComputeNext(job).ok());
-    }
-  }
-  node.Drain();
-  return job;
-}
+std::vector<int32_t> Tokens() { return support::WatchedTokens(); }
 
 class Cut : public testing::TestWithParam<const char*> {};
 INSTANTIATE_TEST_SUITE_P(Codecs, Cut, testing::Values("raw", "tile8", "tile4"),

@@ -82,6 +82,9 @@ TEST_F(CliErrors, OfTheModel) {
 
 TEST_F(CliErrors, OfFlags) {
   ExpectGenerate({"--codec", "zip"}, 2, {"zip", "tile8"});
+  ExpectGenerate({"--store", "zip"}, 2, {"zip", "plain", "lossless"});
+  ExpectGenerate({"--codec", "tile8", "--store", "lossless"}, 2,
+                 {"lossless", "tile8", "--codec raw"});
   ExpectGenerate({"--wire", "thin"}, 2, {"thin", "k8v4"});
   ExpectGenerate({"--local-cache", "lots"}, 2, {"lots", "512MiB"});
   ExpectGenerate({"--cache-memory", "12QiB"}, 2, {"12QiB", "512MiB"});

@@ -30,7 +30,9 @@ kvant_test(state_coder_test LIBS kvant_test_models ${RAPIDCHECK_LIBRARY} LABELS 
 target_include_directories(state_coder_test SYSTEM PRIVATE ${RAPIDCHECK_INCLUDE})
 
 # A node and what it is asked, for tests of the whole path.
-add_library(kvant_test_nodes support/node_world.cc support/random_requests.cc)
+add_library(kvant_test_nodes
+  support/node_world.cc support/planes_form.cc support/random_requests.cc
+  support/watched_shard.cc)
 target_link_libraries(kvant_test_nodes PUBLIC kvant_test_models GTest::gtest)
 
 kvant_test(scheduler_test LIBS kvant_test_nodes LABELS unit property TIMEOUT 1200)
@@ -40,5 +42,6 @@ kvant_test(requests_test LIBS kvant_test_nodes LABELS unit fuzz)
 kvant_test(planner_test LIBS kvant_test_nodes LABELS unit)
 kvant_test(local_cache_test LIBS kvant_test_nodes LABELS unit property)
 kvant_test(report_test LIBS kvant_test_nodes LABELS unit)
+kvant_test(stored_form_test LIBS kvant_test_nodes LABELS unit fuzz)
 kvant_test(block_supply_test LIBS kvant_test_nodes LABELS unit)
 kvant_test(prefill_role_test LIBS kvant_test_nodes LABELS unit fuzz)

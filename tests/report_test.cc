@@ -45,6 +45,7 @@ class ReportTest : public testing::Test {
     };
     setup_.model = "tiny";
     setup_.codec = "tile8";
+    setup_.store = "plain";
     setup_.wire = "full";
     setup_.transport = "mpi";
     setup_.roles = "cache=1,prefill=1,decode=1";

@@ -36,20 +36,25 @@ class Equality : public testing::TestWithParam<std::string> {
  protected:
   NodeWorldOptions Options(uint64_t shard_bytes) const {
     NodeWorldOptions options;
-    options.node.codec = GetParam();
+    options.node.codec = Codec();
+    options.node.store = GetParam() == kLossless ? kLossless : "plain";
     options.shard_bytes = shard_bytes;
     return options;
   }
+  // What is attended, whatever it is stored as.
+  static std::string Codec() { return GetParam() == kLossless ? "raw" : GetParam(); }
+
+  static constexpr const char* kLossless = "lossless";
 };
 
-INSTANTIATE_TEST_SUITE_P(Codecs, Equality, testing::Values("raw", "tile8", "tile4"),
+INSTANTIATE_TEST_SUITE_P(Codecs, Equality, testing::Values("raw", "lossless", "tile8", "tile4"),
                          [](const auto& codec) { return codec.param; });
 
 TEST_P(Equality, OfBatchesThreadsAndCaches) {
   for (uint64_t seed = 1; seed <= 3; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
     const std::vector<Request> requests = RandomRequests({.seed = seed});
-    const std::vector<AnswerText> expected = Reference(GetParam(), requests);
+    const std::vector<AnswerText> expected = Reference(Codec(), requests);
     ASSERT_EQ(expected.size(), requests.size());
 
     NodeWorldOptions batched = Options(0);
@@ -141,7 +146,7 @@ TEST(Chat, IsAPromptThatTheModelsTemplateWrites) {
 
 TEST_P(Equality, UnderConstantEviction) {
   const std::vector<Request> requests = RandomRequests({.seed = 7, .count = 64});
-  const std::vector<AnswerText> expected = Reference(GetParam(), requests);
+  const std::vector<AnswerText> expected = Reference(Codec(), requests);
   NodeWorldOptions options = Options(1 << 20);  // has room for 64 blocks
   options.node.local_cache_bytes = 64 << 10;
   options.always_fetch = true;

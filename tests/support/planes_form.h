@@ -1,0 +1,69 @@
+// A lossy stored form without a codec pack, and a node that has it.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/linear.h"
+#include "node/block_supply.h"
+#include "node/decoder.h"
+#include "node/local_cache.h"
+#include "node/model.h"
+#include "node/planner.h"
+#include "node/stored_form.h"
+#include "node/tier_link.h"
+#include "tests/support/watched_shard.h"
+
+namespace kvant::support {
+
+// The bytes of the exact fp32 state, the highest in cut 0; global layers are the first group,
+// sliding ones the second. Rows are masked with what only a reader who was told the right tokens,
+// position and first group knows, and their lengths vary from block to block.
+class PlanesForm final : public node::StoredForm {
+ public:
+  static constexpr int kCuts = 3;
+
+  explicit PlanesForm(const node::AttendedPayload& attended);
+  void Encode(const node::BlockToStore& block, std::span<std::byte> payload,
+              node::StoredBlock* out) const override;
+  std::unique_ptr<node::StoredReader> MakeReader(const node::BlockToRead& block) const override;
+
+ private:
+  class Reader;
+  static std::vector<std::vector<int>> GroupsOf(const node::AttendedPayload& attended);
+  static Facts FactsOf(const node::AttendedPayload& attended);
+
+  node::AttendedPayload attended_;
+  std::vector<std::vector<int>> groups_;  // layers of the model
+};
+
+// What NodeRuntime is, around that form. Single-owner.
+class FormNode {
+ public:
+  // shard: nullptr, or outlives it.
+  FormNode(const std::filesystem::path& model, const std::string& codec, WatchedShard* shard,
+           uint64_t local_cache_bytes);
+  node::SupplyJobPtr Supply(node::Wire wire, size_t blocks = kWatchedBlocks);
+
+  const node::Model& model() const { return *model_; }
+  const node::BlockClass& block_class() const { return *block_class_; }
+  node::LocalCache& cache() { return *cache_; }
+  node::TierLink* tier() { return tier_.get(); }
+  node::BlockSupply& supply() { return *supply_; }
+
+ private:
+  std::unique_ptr<Transport> transport_;
+  std::unique_ptr<kernels::ThreadPool> pool_;
+  std::unique_ptr<node::Model> model_;
+  std::unique_ptr<node::BlockClass> block_class_;
+  std::unique_ptr<node::LocalCache> cache_;
+  std::unique_ptr<node::Planner> planner_;
+  std::unique_ptr<node::Decoder> decoder_;
+  std::unique_ptr<node::TierLink> tier_;
+  std::unique_ptr<node::BlockSupply> supply_;
+};
+
+}  // namespace kvant::support
