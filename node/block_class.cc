@@ -101,7 +101,9 @@ Cuts BlockClass::CutsOf(Wire wire) const {
   if (form().lossy()) {
     // Its cuts say no bits: all, all but one, one.
     const int all = FullCuts().values;
-    const int cuts = wire == Wire::kFull ? all : wire == Wire::kK8V4 ? std::max(1, all - 1) : 1;
+    int cuts = wire == Wire::kFull ? all : wire == Wire::kK8V4 ? std::max(1, all - 1) : 1;
+    if (wire >= Wire::kCut1)
+      cuts = std::min(all, 1 + static_cast<int>(wire) - static_cast<int>(Wire::kCut1));
     return {cuts, cuts};
   }
   const int key_bits = wire == Wire::kFull ? 32 : wire == Wire::kK8V4 ? 8 : 4;

@@ -21,7 +21,8 @@
 namespace kvant::node {
 
 // How much of a stored block decode reads: bits of keys and of values. A block's own bits bound it.
-enum class Wire : uint8_t { kFull, kK8V4, kK4V4, kAuto };
+// kCut1..: the first cuts of a form that cuts keys and values as one; they go by the form's names.
+enum class Wire : uint8_t { kFull, kK8V4, kK4V4, kAuto, kCut1, kCut2, kCut3, kCut4 };
 // kInvalidArgument lists the names: full, k8v4, k4v4, auto.
 Result<Wire> ParseWire(std::string_view name);
 std::string_view WireName(Wire wire);
@@ -92,8 +93,10 @@ class BlockClass {
   // What is read of block `block` of a sequence where `read` is read of the others. The first one
   // is read in full: in it are the attention sinks, tokens that all others attend strongly (Xiao et
   // al. 2024, "Efficient streaming language models with attention sinks", section 3.1;
-  // docs/adr/0018).
-  Cuts ReadCuts(size_t block, const Cuts& read) const { return block == 0 ? FullCuts() : read; }
+  // docs/adr/0018). Lossy forms code those tokens finely at every cut.
+  Cuts ReadCuts(size_t block, const Cuts& read) const {
+    return block == 0 && !form().lossy() ? FullCuts() : read;
+  }
   // Bytes of one token's state in bf16, all layers: what is moved where nothing is compressed.
   uint64_t Bf16BytesPerToken() const;
 

@@ -435,6 +435,11 @@ BlockSupply::Progress BlockSupply::Advance(const SupplyJobPtr& job) {
     // What is to be computed behind it needs it complete.
     if (i < job->full_before && !job->blocks[i]->complete()) return Progress::kWaiting;
   }
+  if (block_class_->form().lossy()) {
+    // Nothing is computed over them any more: what was read in full for that is read as asked.
+    job->full_before = 0;
+    RaiseNeeds(job.get());
+  }
   return Progress::kReady;
 }
 

@@ -124,6 +124,8 @@ class KltForm final : public StoredForm {
     facts.numerics = fmt::format("/klt-{:.16}", ToHex(pack.digest));
     for (size_t cut = 0; cut < cuts.size(); ++cut) {
       facts.numerics += "-" + pack.cuts[cuts[cut]].name;
+      facts.cut_names.push_back(pack.cuts[cuts[cut]].name);
+      facts.cut_errors.push_back(pack.cuts[cuts[cut]].mean_kl);
       for (size_t group = 0; group < pack.groups.size(); ++group) {
         StoredRow row;
         row.part = static_cast<uint8_t>(Part::kState);

@@ -56,11 +56,21 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
   command
       ->add_option(
           "--store", node->store,
-          "How that stands in the tier and travels: plain, or lossless (raw in fewer bytes)")
+          "How that stands in the tier and travels: plain, lossless (raw in fewer bytes), or klt "
+          "(by a codec pack)")
+      ->capture_default_str();
+  command->add_option("--pack", node->pack,
+                      "Codec pack of --store klt (default: klt.safetensors beside the model)");
+  command
+      ->add_option(
+          "--cuts", node->cuts,
+          "Cuts of the pack that a block of --store klt holds: one, or such as refine each "
+          "other, comma-separated")
       ->capture_default_str();
   command
-      ->add_option("--wire", node->wire,
-                   "What decode reads of it: full, k8v4, k4v4, or auto (by the link's rate)")
+      ->add_option(
+          "--wire", node->wire,
+          "What decode reads of it: full, k8v4, k4v4, auto (by the link's rate), or one of --cuts")
       ->capture_default_str();
   command->add_option("--domain", node->domains,
                       "DOMAIN=tenant,tenant,...: tenants that share blocks (default: each alone)");

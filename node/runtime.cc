@@ -2,14 +2,19 @@
 
 #include <spdlog/spdlog.h>
 
+#include <algorithm>
+#include <filesystem>
+#include <memory>
 #include <thread>
 #include <utility>
 
 #include "base/bytes.h"
 #include "kernels/implementation.h"
+#include "node/klt_form.h"
 #include "node/requests.h"
 
 namespace kvant::node {
+
 Result<std::unique_ptr<EmbeddedShard>> EmbeddedShard::Create(uint64_t memory_bytes) {
   std::unique_ptr<EmbeddedShard> shard(new EmbeddedShard);
   shard->server_side_ = shard->hub_.MakeTransport();
@@ -22,12 +27,41 @@ Result<std::unique_ptr<EmbeddedShard>> EmbeddedShard::Create(uint64_t memory_byt
   return shard;
 }
 
+namespace {
+
+Result<StoredFormPtr> MakeForm(const NodeOptions& options, const Model& model,
+                               const kernels::Codec& codec) {
+  const AttendedPayload attended(codec, model.config());
+  if (options.store != "klt") return MakeStoredForm(options.store, attended);
+  std::filesystem::path file = options.pack;
+  if (file.empty()) file = std::filesystem::path(options.model) / kDefaultPack;
+  if (options.pack.empty() && !std::filesystem::is_regular_file(file)) {
+    return InvalidArgument(
+        "--store klt needs the model's codec pack, and there is no {}: name it with --pack, or "
+        "make "
+        "one with kvant calibrate",
+        file.string());
+  }
+  KV_ASSIGN_OR_RETURN(KltPack pack, LoadKltPack(file, model));
+  return MakeKltForm(&model, std::make_shared<const KltPack>(std::move(pack)), options.cuts,
+                     attended);
+}
+
+// A name that all classes have, or of a cut that the form has.
+Result<Wire> WireOf(const std::string& name, const StoredForm& form) {
+  const auto& cuts = form.cut_names();
+  const auto found = std::find(cuts.begin(), cuts.end(), name);
+  if (found == cuts.end()) return ParseWire(name);
+  return static_cast<Wire>(static_cast<int>(Wire::kCut1) + (found - cuts.begin()));
+}
+
+}  // namespace
+
 Result<std::unique_ptr<NodeRuntime>> NodeRuntime::Create(const NodeOptions& options) {
   std::unique_ptr<NodeRuntime> node(new NodeRuntime);
   node->options_ = options;
   KV_ASSIGN_OR_RETURN(const kernels::Codec* codec, kernels::FindCodec(options.codec));
   KV_RETURN_IF_ERROR(CheckStoredForm(options.store, *codec));
-  KV_ASSIGN_OR_RETURN(node->wire_, ParseWire(options.wire));
   KV_ASSIGN_OR_RETURN(node->domains_, Domains::Parse(options.domains));
   std::string secret;
   if (!options.secret_file.empty()) {
@@ -43,8 +77,8 @@ Result<std::unique_ptr<NodeRuntime>> NodeRuntime::Create(const NodeOptions& opti
   node->pool_ =
       std::make_unique<kernels::ThreadPool>(options.threads > 0 ? options.threads : cores);
   KV_ASSIGN_OR_RETURN(node->model_, Model::Load(options.model));
-  StoredFormPtr form =
-      MakeStoredForm(options.store, AttendedPayload(*codec, node->model_->config()));
+  KV_ASSIGN_OR_RETURN(StoredFormPtr form, MakeForm(options, *node->model_, *codec));
+  KV_ASSIGN_OR_RETURN(node->wire_, WireOf(options.wire, *form));
   node->block_class_ =
       std::make_unique<BlockClass>(node->model_.get(), codec, AsBytes(secret), std::move(form));
   node->cache_ = std::make_unique<LocalCache>(node->block_class_.get(), options.local_cache_bytes);

@@ -25,11 +25,16 @@
 
 namespace kvant::node {
 
+// File of a model's codec pack in its directory.
+inline constexpr std::string_view kDefaultPack = "klt.safetensors";
+
 // What the flags of `kvant run` and `kvant generate` have in common.
 struct NodeOptions {
   std::string model;
   std::string codec = "tile8";
   std::string store = "plain";  // StoredForm
+  std::string pack;             // of --store klt; empty: the model directory's kDefaultPack
+  std::string cuts = "fine";    // of the pack's, those that a block of --store klt holds
   std::string wire = "full";
   std::vector<std::string> domains;  // "DOMAIN=tenant,tenant"
   std::string secret_file;           // cluster secret; empty: none

@@ -11,6 +11,7 @@ namespace {
 
 constexpr std::string_view kPlain = "plain";
 constexpr std::string_view kLossless = "lossless";
+constexpr std::string_view kKlt = "klt";
 
 // Those of the attended payload.
 std::vector<StoredRow> RowsOf(const AttendedPayload& attended) {
@@ -233,8 +234,8 @@ StoredFormPtr MakeLosslessForm(const AttendedPayload& attended) {
 }
 
 Status CheckStoredForm(std::string_view name, const kernels::Codec& codec) {
-  if (name != kPlain && name != kLossless) {
-    return InvalidArgument("unknown store '{}': use {} or {}", name, kPlain, kLossless);
+  if (name != kPlain && name != kLossless && name != kKlt) {
+    return InvalidArgument("unknown store '{}': use {}, {} or {}", name, kPlain, kLossless, kKlt);
   }
   if (name == kLossless && !LosslessFits(codec)) {
     return InvalidArgument(
@@ -245,7 +246,7 @@ Status CheckStoredForm(std::string_view name, const kernels::Codec& codec) {
 }
 
 StoredFormPtr MakeStoredForm(std::string_view name, const AttendedPayload& attended) {
-  KV_CHECK(CheckStoredForm(name, attended.codec()).ok());
+  KV_CHECK(CheckStoredForm(name, attended.codec()).ok() && name != kKlt);
   return name == kPlain ? MakePlainForm(attended) : MakeLosslessForm(attended);
 }
 

@@ -125,6 +125,10 @@ class StoredForm {
   std::span<const StoredRow> rows() const { return facts_.rows; }
   // [the form's layers]: whether it is needed where only the model's global layers are attended.
   const std::vector<bool>& global_layers() const { return facts_.global_layers; }
+  // [cut] of a lossy form; else empty.
+  const std::vector<std::string>& cut_names() const { return facts_.cut_names; }
+  // [cut] mean KL (nats a token) that reading up to a cut was measured to cost; as cut_names.
+  const std::vector<float>& cut_errors() const { return facts_.cut_errors; }
   // All there are.
   const Cuts& full_cuts() const { return full_cuts_; }
   // Cuts of each part that `cuts` names, as in a Selection.
@@ -147,6 +151,8 @@ class StoredForm {
     std::string numerics;
     std::vector<StoredRow> rows;
     std::vector<bool> global_layers;
+    std::vector<std::string> cut_names;
+    std::vector<float> cut_errors;
   };
   explicit StoredForm(Facts facts);
 
@@ -169,7 +175,7 @@ bool LosslessFits(const kernels::Codec& codec);
 // Whether there is a form of this name for a codec, before a model is loaded. kInvalidArgument:
 // there is none (the message lists the names), or it does not fit the codec.
 Status CheckStoredForm(std::string_view name, const kernels::Codec& codec);
-// The form `--store` names. REQUIRES: CheckStoredForm.
+// The form `--store` names. REQUIRES: CheckStoredForm; not klt, which needs a pack (klt_form.h).
 StoredFormPtr MakeStoredForm(std::string_view name, const AttendedPayload& attended);
 
 }  // namespace kvant::node
