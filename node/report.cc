@@ -134,6 +134,7 @@ Json NodeRankReport(int rank, Role role, const std::string& host, NodeRuntime& n
            {{"fetched_blocks", link.fetched_blocks},
             {"fetched_bytes", link.fetched_bytes},
             {"failed_blocks", link.failed_blocks},
+            {"unread_blocks", link.unread_blocks},
             {"data_loss", link.data_loss},
             {"put_blocks", link.put_blocks},
             {"put_already_there", link.put_already_there},

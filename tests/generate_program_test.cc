@@ -91,6 +91,26 @@ TEST_F(GenerateProgram, TheSecondRunFindsThePrefixOnTwoShards) {
   }
 }
 
+TEST_F(GenerateProgram, WhatIsStoredLosslessIsReadInFewerBytesWhoeverReadsIt) {
+  const std::string expected = Generate({"--codec", "raw", "--no-cache"}).at("text");
+  Shard plain(KVANTD_PATH);
+  Shard lossless(KVANTD_PATH);
+  uint64_t fetched[2] = {};
+  for (const Shard* shard : {&plain, &lossless}) {
+    const char* store = shard == &plain ? "plain" : "lossless";
+    EXPECT_EQ(
+        Generate({"--codec", "raw", "--store", store, "--cache", shard->address}).at("hit_tokens"),
+        0);
+    for (const char* reader : {"plain", "lossless"}) {
+      const json warm = Generate({"--codec", "raw", "--store", reader, "--cache", shard->address});
+      EXPECT_EQ(warm.at("text"), expected);
+      EXPECT_LE(warm.at("recomputed_tokens").get<int>(), 64);
+      fetched[shard == &plain ? 0 : 1] = warm.at("fetched_bytes").get<uint64_t>();
+    }
+  }
+  EXPECT_LT(fetched[1], fetched[0] * 9 / 10);
+}
+
 TEST_F(GenerateProgram, WorksAlone) {
   const ProgramResult result = RunProgram(
       {KVANT_PATH, "generate", "--model", Model(), "--prompt", "abc", "--max-tokens", "5"});

@@ -64,14 +64,16 @@ TEST_F(MpiProgram, AnyRolesGiveTheAnswersOfOneProcess) {
     int ranks;
     const char* roles;
     const char* codec;
+    const char* store;
     const char* transport;
   };
   const Split splits[] = {
-      {3, "cache=1,prefill=1,decode=1", "tile8", "mpi"},
-      {3, "cache=1,decode=2", "raw", "mpi"},
-      {4, "cache=2,prefill=1,decode=1", "tile4", "tcp"},
-      {4, "cache=1,prefill=1,decode=2", "tile8", "mpi"},
-      {6, "cache=2,prefill=2,decode=2", "tile8", "mpi"},
+      {3, "cache=1,prefill=1,decode=1", "tile8", "plain", "mpi"},
+      {3, "cache=1,decode=2", "raw", "plain", "mpi"},
+      {3, "cache=1,prefill=1,decode=1", "raw", "lossless", "mpi"},
+      {4, "cache=2,prefill=1,decode=1", "tile4", "plain", "tcp"},
+      {4, "cache=1,prefill=1,decode=2", "tile8", "plain", "mpi"},
+      {6, "cache=2,prefill=2,decode=2", "tile8", "plain", "mpi"},
   };
   const std::string requests = Path("requests");
   const std::vector<node::Request> made = support::RandomRequests({.seed = 77, .count = 16});
@@ -82,12 +84,18 @@ TEST_F(MpiProgram, AnyRolesGiveTheAnswersOfOneProcess) {
     std::string& reference = references[split.codec];
     if (reference.empty()) reference = Reference(requests, split.codec);
     const std::string report_file = Path("report");
-    const ProgramResult result = RunProgram(
-        Mpirun(split.ranks,
-               {"--model", support::TinyModel(), "--requests", requests, "--codec", split.codec,
-                "--roles", split.roles, "--transport", split.transport, "--cache-memory", "16MiB",
-                "--reference", reference, "--report", report_file, "--answers", Path("answers")}),
-        kRun);
+    const ProgramResult result =
+        RunProgram(Mpirun(split.ranks, {"--model",        support::TinyModel(),
+                                        "--requests",     requests,
+                                        "--codec",        split.codec,
+                                        "--store",        split.store,
+                                        "--roles",        split.roles,
+                                        "--transport",    split.transport,
+                                        "--cache-memory", "16MiB",
+                                        "--reference",    reference,
+                                        "--report",       report_file,
+                                        "--answers",      Path("answers")}),
+                   kRun);
     ASSERT_NE(result.exit, -1) << "did not end: " << result.errors;
     EXPECT_NE(result.exit, 0) << "the request that fails shows in the exit status";
     EXPECT_THAT(result.errors, HasSubstr("shorten the prompt"));
@@ -100,6 +108,7 @@ TEST_F(MpiProgram, AnyRolesGiveTheAnswersOfOneProcess) {
     EXPECT_EQ(report.at("failed_requests"), 1);
     EXPECT_EQ(report.at("ranks"), split.ranks);
     EXPECT_EQ(report.at("transport"), split.transport);
+    EXPECT_EQ(report.at("store"), split.store);
     EXPECT_GT(report.at("hit_tokens").get<int>(), 0);
     EXPECT_GT(report.at("payload_bytes").get<uint64_t>(), 0u);
     EXPECT_GT(report.at("traffic_ratio").get<double>(), 1.0);
