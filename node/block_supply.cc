@@ -277,8 +277,9 @@ CachedBlockPtr BlockSupply::HeldOf(const SupplyJob& job, size_t block) const {
 }
 
 CutEnds BlockSupply::EndsOf(const SupplyJob& job, size_t block) const {
-  // A lookup that did not find the block says nothing of it.
-  return job.found.empty() ? CutEnds() : job.found[block].cut_ends;
+  // A lookup that did not find the block says nothing of the one that is there now.
+  const bool said = !job.found.empty() && block_class_->MayBe(job.found[block]);
+  return said ? job.found[block].cut_ends : CutEnds();
 }
 
 uint64_t BlockSupply::StoredBytes(const BlockManifest* known, const CutEnds& ends,
@@ -337,6 +338,12 @@ void BlockSupply::StartFetches(const SupplyJobPtr& job) {
     BlockFetch fetch{std::move(block), RunOf(job->keys, i), EndsOf(*job, i), TokensOf(*job, i),
                      static_cast<int>(i) * kBlockTokens};
     const uint64_t missing = tier_->MissingBytes(fetch);
+    if (missing == 0 && !fetch.block->complete()) {
+      // A lossy block is here whose fewer cuts can't be read: no better one is to be had.
+      job->place[i] = Place::kCompute;
+      ++job->recomputed;
+      continue;
+    }
     if (missing == 0) {
       // Every layer slides, and none of its tokens is attended any more.
       CountSliding(*fetch.block, fetch.ends);
