@@ -74,7 +74,14 @@ std::vector<float> OrderedWeights::RowMajor() const {
 
 void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, const float* bias,
                      float* out) {
-  ActiveImplementation().ordered_multiply({weights, x, rows, weights.inputs(), bias, 0, out});
+  OrderedMultiply(weights, x, rows, bias, weights.outputs(), out);
+}
+
+void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, const float* bias,
+                     int outputs, float* out) {
+  KV_DCHECK(outputs >= 0 && outputs <= weights.outputs());
+  ActiveImplementation().ordered_multiply(
+      {weights, x, rows, weights.inputs(), outputs, bias, 0, out});
 }
 
 void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, float* out) {
@@ -84,8 +91,8 @@ void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows,
 void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, int inputs,
                         float* out) {
   KV_DCHECK(inputs >= 1 && inputs <= weights.inputs());
-  ActiveImplementation().ordered_multiply(
-      {weights, x, rows, inputs, out, static_cast<size_t>(weights.outputs()), out});
+  ActiveImplementation().ordered_multiply({weights, x, rows, inputs, weights.outputs(), out,
+                                           static_cast<size_t>(weights.outputs()), out});
 }
 
 }  // namespace kvant::kernels

@@ -55,6 +55,10 @@ class OrderedWeights {
 // REQUIRES: out overlaps neither x nor bias.
 void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, const float* bias,
                      float* out);
+// The first `outputs` of each row alone; the others of out[rows][weights.outputs()] stay as they
+// are.
+void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, const float* bias,
+                     int outputs, float* out);
 // The same, begun at what out holds.
 void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, float* out);
 // The same where the inputs from `inputs` on are zeros, which x[rows][inputs] leaves out.
@@ -67,7 +71,8 @@ struct OrderedProduct {
   const OrderedWeights& weights;
   const float* x = nullptr;  // [rows][inputs]
   int rows = 0;
-  int inputs = 0;  // of the weights', the first
+  int inputs = 0;   // of the weights', the first
+  int outputs = 0;  // that are set: of the weights', the first
   // Row r begins at start[r * start_stride], with a stride of 0 all of them at the same; nullptr
   // and 0: at zeros. May be `out`.
   const float* start = nullptr;

@@ -27,6 +27,7 @@
 #include "node/klt.h"
 #include "node/klt_fit.h"
 #include "node/klt_pack.h"
+#include "node/klt_weights.h"
 #include "node/requests.h"
 
 namespace kvant::node {
@@ -97,6 +98,8 @@ class Calibrator {
                                  std::span<const Sequence> forms);
   EncodedBlocks Encoded(const Sequence& rows);
   Status ScaleWeights();
+  Status ReadWeights();
+  void AddFloors();
   // Of cuts of pack_, as of KltCoder.
   Result<std::vector<Point>> Measure(std::span<const std::vector<size_t>> cuts);
   Status ChooseCuts();
@@ -244,7 +247,8 @@ Status Calibrator::Collect() {
   for (size_t i = 0; i < windows.size(); ++i) {
     EvalWindow& window = windows[i];
     const bool probe = i % probe_every == probe_every / 2;
-    KV_ASSIGN_OR_RETURN(Sequence rows, Capture(window.prefix, !probe && i % kWeighEvery == 0));
+    KV_ASSIGN_OR_RETURN(Sequence rows, Capture(window.prefix, options_.weights.empty() && !probe &&
+                                                                  i % kWeighEvery == 0));
     if (probe) {
       probes_.push_back({std::move(window.prefix), std::move(window.suffix), std::move(rows)});
       continue;
@@ -258,21 +262,36 @@ Status Calibrator::Collect() {
   return OkStatus();
 }
 
+// So that no direction is free: a share of the mean weight of keys, or of values.
+void Calibrator::AddFloors() {
+  const int parts[] = {0, key_width_, width_};
+  for (Matrix& weight : weights_) {
+    for (int part = 0; part < 2; ++part) {
+      double trace = 0;
+      const int size = parts[part + 1] - parts[part];
+      for (int c = parts[part]; c < parts[part + 1]; ++c) trace += weight.At(c, c);
+      for (int c = parts[part]; c < parts[part + 1]; ++c) weight.At(c, c) += kFloor * trace / size;
+    }
+  }
+}
+
+// Those of a file are in nats already.
+Status Calibrator::ReadWeights() {
+  KV_ASSIGN_OR_RETURN(KltWeights read, LoadKltWeights(options_.weights, config_.layers, width_));
+  weights_ = std::move(read.layers);
+  AddFloors();
+  pack_.weighed_by = fmt::format("{}, made on {}", options_.weights, read.made_on);
+  return OkStatus();
+}
+
 Status Calibrator::ScaleWeights() {
   const auto layers = static_cast<size_t>(config_.layers);
   const int parts[] = {0, key_width_, width_};
   std::vector<std::array<double, 2>> kl(layers, {0, 0});
   std::vector<std::array<double, 2>> noise(layers, {0, 0});  // weighted square of what was added
-  for (size_t l = 0; l < layers; ++l) {
-    weights_.push_back(attention_.sum(static_cast<int>(l)));
-    for (int part = 0; part < 2; ++part) {
-      double trace = 0;
-      const int size = parts[part + 1] - parts[part];
-      for (int c = parts[part]; c < parts[part + 1]; ++c) trace += weights_[l].At(c, c);
-      for (int c = parts[part]; c < parts[part + 1]; ++c)
-        weights_[l].At(c, c) += kFloor * trace / size;
-    }
-  }
+  for (int l = 0; l < config_.layers; ++l) weights_.push_back(attention_.sum(l));
+  AddFloors();
+  pack_.weighed_by = "attention, scaled by probes";
   for (size_t probe = 0; probe < probes_.size(); ++probe) {
     const Sequence& exact = probes_[probe].exact;
     for (size_t l = 0; l < layers; ++l) {
@@ -441,9 +460,11 @@ Result<KltPack> Calibrator::Run() {
   pack_.layers = config_.layers;
   pack_.groups = KltGroups(config_);
   pack_.model = ToHex(model_.digest());
+  // First, so that a wrong file of weights is found before the work.
+  if (!options_.weights.empty()) KV_RETURN_IF_ERROR(ReadWeights());
   KV_RETURN_IF_ERROR(Collect());
   Say("collected");
-  KV_RETURN_IF_ERROR(ScaleWeights());
+  if (options_.weights.empty()) KV_RETURN_IF_ERROR(ScaleWeights());
   pack_.calibrated_on = fmt::format("{} tokens of {}", tokens(), fmt::join(options_.texts, ", "));
   for (const Matrix& weight : weights_) {
     std::vector<float>& rounded = pack_.weights.emplace_back();

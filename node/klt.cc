@@ -164,9 +164,15 @@ void KltCoder::CodeGroup(size_t group, int position, std::span<const float> left
   const size_t count = Coefficients(group);
   const size_t size = kBlockTokens * count;
   const size_t sinks_end = Sinks(position) * count;
-  code->coefficients.resize(size);
+  // Those behind the last one that is coded are not asked for.
+  size_t coded = position == 0 ? count : 0;
+  for (size_t cut = 0; cut < cuts(); ++cut) {
+    while (coded < count && FirstPlace(basis.deviation[coded], this->cut(cut).step).table >= 0)
+      ++coded;
+  }
+  code->coefficients.assign(size, 0);
   kernels::OrderedMultiply(basis.analysis, left.data(), kBlockTokens, nullptr,
-                           code->coefficients.data());
+                           static_cast<int>(coded), code->coefficients.data());
   code->places.resize(cuts());
   code->levels.resize(cuts());
   code->values.assign(size, 0);

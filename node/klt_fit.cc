@@ -17,7 +17,7 @@ using kernels::Matrix;
 
 constexpr double kRidge = 1e-4;   // of the mean square of an input
 constexpr int kPanelBlocks = 32;  // whose products are taken together
-constexpr size_t kCounted = 160;  // blocks whose levels are counted, at most
+constexpr size_t kCounted = 96;   // blocks whose levels are counted, at most
 constexpr int64_t kFewest = 50;   // levels that give a mean
 
 float Rounded(double value) {

@@ -240,6 +240,7 @@ Result<KltPack> LoadKltPack(const std::filesystem::path& file, const Model& mode
   pack.model = text_of("model");
   KV_RETURN_IF_ERROR(pack.CheckFits(model));
   pack.calibrated_on = text_of("calibrated_on");
+  pack.weighed_by = text_of("weighed_by");
   pack.file_bytes = mapped->bytes().size();
   pack.digest = Sha256(mapped->bytes());
   pack.width = StateWidth(model.config());
@@ -325,6 +326,7 @@ Status SaveKltPack(const std::filesystem::path& file, const Model& model, KltPac
   writer.SetMetadata({{"format", kFormat},
                       {"model", pack->model},
                       {"calibrated_on", pack->calibrated_on},
+                      {"weighed_by", pack->weighed_by},
                       {"cuts", TextOf(pack->cuts)},
                       {"refining", refining.dump()}});
   KV_RETURN_IF_ERROR(WriteFile(file.string(), writer.File()));

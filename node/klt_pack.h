@@ -68,6 +68,7 @@ struct KltPack {
   float sink_step = 0;
   std::string model;          // hex digest of the model whose state it codes
   std::string calibrated_on;  // in words
+  std::string weighed_by;     // where weights are from, in words
   uint64_t file_bytes = 0;
   Digest digest{};  // SHA-256 of the file
 

@@ -144,6 +144,8 @@ void AddCalibrateOptions(CLI::App* command, CalibrateOptions* calibrate) {
   command->add_option("--text", calibrate->texts, "Texts like those that will be served; a mixture")
       ->required();
   command->add_option("--out", calibrate->out, "File of the pack")->required();
+  command->add_option("--weights", calibrate->weights,
+                      "What errors cost, by scripts/calibrate-fisher (default: from attention)");
   command->add_option("--tokens", calibrate->tokens, "Of all texts, the same share of each")
       ->check(CLI::Range(1024, 1 << 24))
       ->capture_default_str();

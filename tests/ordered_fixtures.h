@@ -81,11 +81,14 @@ inline std::vector<float> OrderedRowsBy(const Implementation& kernels,
   std::vector<float> out(at, at + static_cast<ptrdiff_t>(rows) * of.outputs);
   const float* x = of.x.data() + static_cast<ptrdiff_t>(first) * of.inputs;
   if (start == OrderedStart::kZero) {
-    kernels.ordered_multiply({weights, x, rows, weights.inputs(), nullptr, 0, out.data()});
+    kernels.ordered_multiply(
+        {weights, x, rows, weights.inputs(), weights.outputs(), nullptr, 0, out.data()});
   } else if (start == OrderedStart::kBias) {
-    kernels.ordered_multiply({weights, x, rows, weights.inputs(), of.bias.data(), 0, out.data()});
+    kernels.ordered_multiply(
+        {weights, x, rows, weights.inputs(), weights.outputs(), of.bias.data(), 0, out.data()});
   } else {
-    kernels.ordered_multiply({weights, x, rows, weights.inputs(), out.data(), width, out.data()});
+    kernels.ordered_multiply(
+        {weights, x, rows, weights.inputs(), weights.outputs(), out.data(), width, out.data()});
   }
   return out;
 }

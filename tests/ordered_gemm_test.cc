@@ -64,7 +64,7 @@ TEST(OrderedGemmTest, SubnormalNumbersCount) {
   const OrderedWeights weights(&weight, 1, 1);
   for (const Implementation* implementation : All()) {
     float out = 1.0F;
-    implementation->ordered_multiply({weights, &x, 1, 1, nullptr, 0, &out});
+    implementation->ordered_multiply({weights, &x, 1, 1, 1, nullptr, 0, &out});
     EXPECT_EQ(out, 0x1p-140F) << implementation->name;
   }
 }
