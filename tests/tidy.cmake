@@ -55,4 +55,7 @@ if(Python3_FOUND)
   add_test(NAME examples_generated
     COMMAND ${Python3_EXECUTABLE} ${CMAKE_SOURCE_DIR}/scripts/make-requests --check)
   set_tests_properties(examples_generated PROPERTIES LABELS tidy TIMEOUT 60)
+  add_test(NAME texts_test
+    COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/texts_test.py ${CMAKE_SOURCE_DIR}/scripts/texts)
+  set_tests_properties(texts_test PROPERTIES LABELS unit TIMEOUT 60)
 endif()
