@@ -33,7 +33,7 @@ std::vector<float> Predict(const LinearPredictor& predictor, std::span<const flo
 // of Max, 1960). Returns the bits stored. x: whole heads. REQUIRES: bits is 2, 3 or 4.
 uint64_t QuantizeResidual(int bits, int head_dim, std::span<float> x);
 
-// AQUA-KV (Shutova et al., 2025, arXiv 2501.19392, section 3): keys before rope are predicted from
+// AQUA-KV (Shutova et al., 2025, arXiv 2501.19392): keys before rope are predicted from
 // the decoded keys of the layer below, values from its decoded values and the layer's own decoded
 // keys; linear predictors with a bias, learnt layer by layer on decoded inputs of the calibration.
 // The first layer's residual has 4 bits, as published, all others `bits`. The first 4 tokens and

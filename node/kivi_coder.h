@@ -11,8 +11,8 @@ namespace kvant::node {
 inline constexpr int kKiviGroup = 32;      // numbers that share a scale and a minimum
 inline constexpr int kKiviResidual = 128;  // tokens
 
-// KIVI (Liu et al., 2024, arXiv 2402.02750, section 3.3 and algorithm 1, with the group and the
-// residual of its experiments; github.com/jy-yuan/KIVI): asymmetric codes of `bits` bits. Keys:
+// KIVI (Liu et al., 2024, arXiv 2402.02750, algorithm 1, with the group and the residual that
+// github.com/jy-yuan/KIVI runs its experiments with): asymmetric codes of `bits` bits. Keys:
 // groups of 32 tokens of one channel. Values: groups of 32 channels of one head of a token; a
 // head's last group may be shorter. Each group stores its minimum and scale = (max - min) / (2^bits
 // - 1) in fp16. Of T tokens the newest T mod 128 keys and the newest 128 values are fp16. Latents

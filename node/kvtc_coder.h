@@ -9,7 +9,7 @@
 
 namespace kvant::node {
 
-// KVTC (Staniszewski and Lancucki, 2025, arXiv 2511.01815, section 3): the first 4 tokens and the
+// KVTC (Staniszewski and Lancucki, 2025, arXiv 2511.01815): the first 4 tokens and the
 // newest `window` stay in bf16; of all others the keys before rope, and the values, of all layers
 // are projected on the pack's bases, quantized by its allocations, and the packed codes of keys and
 // of values go through DEFLATE each. Wires: the ratios of kKvtcRatios. Three orders of the codes

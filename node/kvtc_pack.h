@@ -45,7 +45,7 @@ struct KvtcPack {
 
 // Times that 16 bits an element are more than what an allocation spends, before DEFLATE.
 inline constexpr int kKvtcRatios[] = {4, 8, 16, 32};
-// Tokens that are stored in 16 bits (section 3): the first ones, and the newest.
+// Tokens that are stored in 16 bits: the first ones, and the newest.
 inline constexpr int kKvtcSinks = 4;
 inline constexpr int kKvtcWindow = 128;
 
@@ -61,7 +61,7 @@ void SetKvtcRows(const Model& model, std::span<const float> rows, bool of_keys, 
 void QuantizeKvtcGroup(const KvtcGroup& group, float* x, uint16_t* codes, uint16_t* scale);
 
 // The groups of least squared error within `budget_bits` a token, by dynamic programming over
-// components and bits (KVTC, algorithm 1). sample: [rows][rank] components, the strongest first.
+// components and bits. sample: [rows][rank] components, the strongest first.
 // Groups have 16, 64, 256 or 1024 components of 1, 2, 3, 4, 6 or 8 bits, or 16 plain ones.
 std::vector<KvtcGroup> AllocateKvtcBits(std::span<const float> sample, int rank, int budget_bits);
 

@@ -9,7 +9,7 @@
 
 namespace kvant::node {
 
-// ThinK (Xu et al., 2024, arXiv 2407.21018, section 4; scores as in NVIDIA/kvpress think_press.py):
+// ThinK (Xu et al., 2024, arXiv 2407.21018; scores as in NVIDIA/kvpress think_press.py):
 // of each KV head of each layer the floor(percent / 100 * head_dim) channels of keys are dropped
 // whose score mean(q^2) * mean(k^2) is lowest, over the last kObservedQueries queries of the
 // prefix and the head's group, and over all keys. The same channels for all tokens; a head stores
@@ -18,7 +18,7 @@ namespace kvant::node {
 Result<std::unique_ptr<StateCoder>> MakeThinkCoder(std::string name, const Model& model,
                                                    int percent);
 
-// Mustafar (Joo et al., 2025, arXiv 2505.22913, section 3; github.com/dhjoo98/mustafar): of each
+// Mustafar (Joo et al., 2025, arXiv 2505.22913; github.com/dhjoo98/mustafar): of each
 // head of each token, keys and values, the numbers whose magnitude is below the k-th smallest are
 // dropped, k = max(1, floor(percent / 100 * head_dim)). Stored in tiles of 64, of tokens for keys
 // and of channels for values: a bitmap of 64 bits, an offset of 32, and what is kept, padded to a

@@ -69,7 +69,7 @@ class PrefixState {
   std::vector<float> values_;         // [layers][tokens][values.kv_heads][values.head_dim]
   std::vector<float> query_squares_;  // [layers][key_width]
 };
-// Queries that ThinK looks at (section 4.1).
+// Queries that ThinK looks at (window_size of NVIDIA/kvpress think_press.py).
 inline constexpr int kObservedQueries = 32;
 
 // One baseline. Immutable; borrows nothing but what its maker says.
