@@ -15,6 +15,7 @@
 #include "kernels/raw_codec.h"
 #include "node/eval_plot.h"
 #include "node/eval_report.h"
+#include "node/eval_set.h"
 #include "node/eval_text.h"
 #include "node/klt_pack.h"
 #include "node/requests.h"
@@ -123,8 +124,13 @@ Status AddCoder(CoderContext* context, const std::string& name,
   return OkStatus();
 }
 
+// The file, or the folder of files, that is measured.
 Result<std::filesystem::path> TextOf(const EvalOptions& options) {
   namespace fs = std::filesystem;
+  if (!options.text.empty() && !options.texts.empty()) {
+    return InvalidArgument("--text is one file and --texts a folder of them: give one of the two");
+  }
+  if (!options.texts.empty()) return fs::path(options.texts);
   if (!options.text.empty()) return fs::path(options.text);
   const fs::path model = options.model;
   std::error_code ignored;
@@ -190,15 +196,19 @@ class Progress {
   TimePoint started_{};
 };
 
-// Computes pieces of the calibration text exactly, as prefixes are.
+// Computes pieces of the calibration texts exactly, as prefixes are.
 Status VisitCalibration(const EvalOptions& options, const Model* model, kernels::ThreadPool* pool,
                         const std::function<void(const PrefixState&)>& visit) {
-  KV_ASSIGN_OR_RETURN(const EvalText text,
-                      EvalText::Load(options.calibration, &model->tokenizer()));
   const int suffix = kMinEvalSuffix;
-  const int pieces = std::clamp(text.tokens() / (options.prefix + suffix), 1, kCalibrationPieces);
-  KV_ASSIGN_OR_RETURN(const std::vector<EvalWindow> windows,
-                      text.Windows({options.prefix, suffix, pieces, options.seed}));
+  const int share = std::max(1, kCalibrationPieces / static_cast<int>(options.calibration.size()));
+  std::vector<EvalWindow> windows;
+  for (const std::string& file : options.calibration) {
+    KV_ASSIGN_OR_RETURN(const EvalText text, EvalText::Load(file, &model->tokenizer()));
+    const int pieces = std::clamp(text.tokens() / (options.prefix + suffix), 1, share);
+    KV_ASSIGN_OR_RETURN(const std::vector<EvalWindow> of_file,
+                        text.Windows({options.prefix, suffix, pieces, options.seed}));
+    windows.insert(windows.end(), of_file.begin(), of_file.end());
+  }
   const BlockClass exact(model, &kernels::kRawBf16Codec, {});
   Decoder decoder(model, pool);
   Progress progress;
@@ -213,20 +223,22 @@ Status VisitCalibration(const EvalOptions& options, const Model* model, kernels:
   return OkStatus();
 }
 
-Status RunPasskeys(const EvalOptions& options, const EvalText& text, int max_positions,
+Status RunPasskeys(const EvalOptions& options, const EvalSet& texts, int max_positions,
                    Progress* progress, Evaluator* evaluator) {
   std::vector<int> lengths;
   for (const int length : kPasskeyLengths) {
-    if (length <= max_positions && length <= text.tokens()) lengths.push_back(length);
+    if (length <= max_positions && length <= texts.longest()) lengths.push_back(length);
   }
   progress->Start("passkey length and depth", lengths.size() * std::size(kPasskeyDepths));
   uint64_t place = 0;
+  size_t turn = 0;
   for (const int length : lengths) {
     for (const double depth : kPasskeyDepths) {
       // A generator for each place, so that more samples or lengths do not change the others.
       Random random = Random(options.seed).Fork(++place);
       for (int sample = 0; sample < options.passkey_samples; ++sample) {
-        KV_ASSIGN_OR_RETURN(const PasskeyPrompt prompt, text.Passkey(length, depth, &random));
+        KV_ASSIGN_OR_RETURN(const PasskeyPrompt prompt,
+                            texts.Passkey(length, depth, turn++, &random));
         KV_RETURN_IF_ERROR(evaluator->AddPasskey(prompt));
       }
       progress->Step();
@@ -258,7 +270,7 @@ Result<EvalPlan> MakeEvalPlan(const Model* model, const std::vector<std::string>
 }
 
 Result<int> Eval(const EvalOptions& options) {
-  KV_ASSIGN_OR_RETURN(const std::filesystem::path text_file, TextOf(options));
+  KV_ASSIGN_OR_RETURN(const std::filesystem::path place, TextOf(options));
   KV_RETURN_IF_ERROR(CheckWritable(options.json));
   KV_RETURN_IF_ERROR(CheckWritable(options.svg));
   KV_RETURN_IF_ERROR(kernels::ChooseImplementation());
@@ -280,30 +292,32 @@ Result<int> Eval(const EvalOptions& options) {
   }
   KV_ASSIGN_OR_RETURN(const EvalPlan plan,
                       MakeEvalPlan(model.get(), options.codecs, options.wires, calibration, pack));
-  KV_ASSIGN_OR_RETURN(const EvalText text, EvalText::Load(text_file, &model->tokenizer()));
-  KV_ASSIGN_OR_RETURN(
-      const std::vector<EvalWindow> windows,
-      text.Windows({options.prefix, options.suffix, options.windows, options.seed}));
+  KV_ASSIGN_OR_RETURN(const EvalSet texts, options.texts.empty()
+                                               ? EvalSet::OfFile(place, &model->tokenizer())
+                                               : EvalSet::OfFolder(place, &model->tokenizer()));
+  KV_ASSIGN_OR_RETURN(const EvalWindows measured, texts.Windows({options.prefix, options.suffix,
+                                                                 options.windows, options.seed}));
 
   Evaluator evaluator(model.get(), &pool, plan.settings, !options.no_class);
   Progress progress;
-  progress.Start("window", windows.size());
-  for (const EvalWindow& window : windows) {
+  progress.Start("window", measured.windows.size());
+  for (const EvalWindow& window : measured.windows) {
     KV_RETURN_IF_ERROR(evaluator.AddWindow(window));
     progress.Step();
   }
   if (!options.no_passkey && options.passkey_samples > 0) {
     KV_RETURN_IF_ERROR(
-        RunPasskeys(options, text, model->config().max_positions, &progress, &evaluator));
+        RunPasskeys(options, texts, model->config().max_positions, &progress, &evaluator));
   }
 
   EvalSetup setup;
   setup.model = options.model;
   setup.digest = ToHex(model->digest());
-  setup.text = text_file.string();
+  setup.text = place.string();
   setup.prefix = options.prefix;
   setup.suffix = options.suffix;
-  setup.windows = static_cast<int>(windows.size());
+  setup.windows = static_cast<int>(measured.windows.size());
+  setup.kinds = measured.kinds;
   setup.threads = pool.threads();
   setup.seed = options.seed;
   setup.blas_core_type = kernels::BlasCoreType();

@@ -16,15 +16,16 @@ namespace kvant::node {
 
 struct EvalOptions {
   std::string model;
-  std::string text;                 // file; empty: the model directory's heldout.txt
-  std::string pack;                 // file of the codec pack for klt; empty: none
-  std::string calibration;          // file that coders with tables learn them from; empty: none
-  std::vector<std::string> codecs;  // empty: kDefaultEvalCodecs
-  std::vector<std::string> wires;   // empty: each codec's own cuts
-  int prefix = 1024;                // tokens
-  int suffix = 256;                 // tokens
-  int windows = 0;                  // 0: as many as the text has, at most 16
-  int passkey_samples = 4;          // prompts for each length and depth; 0: none
+  std::string text;   // file; empty: the model directory's heldout.txt
+  std::string texts;  // folder with a subfolder of files for each kind, in place of `text`
+  std::string pack;   // file of the codec pack for klt; empty: none
+  std::vector<std::string> calibration;  // files that coders with tables learn them from
+  std::vector<std::string> codecs;       // empty: kDefaultEvalCodecs
+  std::vector<std::string> wires;        // empty: each codec's own cuts
+  int prefix = 1024;                     // tokens
+  int suffix = 256;                      // tokens
+  int windows = 0;          // 0: as many as the text has, at most 16; 1 of each of `texts`
+  int passkey_samples = 4;  // prompts for each length and depth; 0: none
   bool no_passkey = false;
   bool no_class = false;  // leaves out prefixes computed over their own encoded form
   std::string json;       // file; empty: none
@@ -35,7 +36,7 @@ struct EvalOptions {
 
 inline constexpr std::string_view kDefaultEvalCodecs[] = {"raw", "raw-fp32", "tile8", "tile4"};
 inline constexpr int kMinEvalSuffix = 16;
-// Pieces of the calibration text, each as long as a prefix.
+// Pieces of the calibration texts together, each as long as a prefix; at least one of each.
 inline constexpr int kCalibrationPieces = 24;
 inline constexpr int kPasskeyLengths[] = {512, 1024, 2048};
 inline constexpr double kPasskeyDepths[] = {0.05, 0.25, 0.5, 0.75, 0.95};

@@ -293,12 +293,11 @@ Status Evaluator::AddWindow(const EvalWindow& window) {
     to->windows.push_back(from.windows.back());
   });
   measures_.zeroed_loss.push_back(made[compared].loss);
-  if (!window.stranger.empty()) measures_.stranger_loss.push_back(made[compared + 1].loss);
+  auto& stranger_loss = measures_.stranger_loss.emplace_back();
+  if (!window.stranger.empty()) stranger_loss = made[compared + 1].loss;
 
-  const auto count = static_cast<double>(measures_.exact.windows.size());
   for (size_t i = 0; i < settings_.size(); ++i) {
-    double& mean = measures_.coded_bits[i];
-    mean += (forms.coded_bits[source_of_[i]] - mean) / count;
+    measures_.coded_bits[i].push_back(forms.coded_bits[source_of_[i]]);
   }
   if (measures_.manifest_bytes.empty()) {
     for (const size_t of : source_of_) {

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -61,14 +62,15 @@ struct EvalMeasures {
   // [setting]: computed over its own encoded form; empty as a whole, or without windows for coders
   // that have no such form.
   std::vector<FormMeasures> in_class;
-  std::vector<double> zeroed_loss;    // [window]: loss behind keys and values of 0
-  std::vector<double> stranger_loss;  // [window that has one]: behind another place's prefix
-  std::vector<PasskeyPlace> places;   // [prompt]
+  std::vector<double> zeroed_loss;  // [window]: loss behind keys and values of 0
+  // [window]: behind another place's prefix, of windows that have one.
+  std::vector<std::optional<double>> stranger_loss;
+  std::vector<PasskeyPlace> places;  // [prompt]
   // [setting]: of one block, mean over the first window's prefix.
   std::vector<double> manifest_bytes;
-  // [setting]: what coders stored of an element, bits, mean over the windows' prefixes; 0 of
-  // codecs, whose layout says it.
-  std::vector<double> coded_bits;
+  // [setting][window]: what coders stored of an element of the window's prefix, bits; 0 of codecs,
+  // whose layout says it.
+  std::vector<std::vector<double>> coded_bits;
 };
 
 // Exact logits of some positions, to compare others with. Single-owner.

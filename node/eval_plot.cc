@@ -115,7 +115,7 @@ class Plot {
 
  private:
   void Collect() {
-    for (const SettingSummary& setting : summary_.settings) {
+    for (const SettingSummary& setting : summary_.all.settings) {
       if (setting.codec == kernels::kRawFp32Codec.name) {
         floor_ = setting.read.mean_kl.value;
         continue;

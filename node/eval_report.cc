@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <numeric>
 
 #include "kernels/raw_codec.h"
 
@@ -14,9 +15,9 @@ using Json = nlohmann::json;
 
 // The mean over windows of what `of` takes from each.
 template <typename Of>
-Estimate OverWindows(const FormMeasures& form, uint64_t seed, const Of& of) {
+Estimate OverWindows(std::span<const SuffixMeasure> windows, uint64_t seed, const Of& of) {
   std::vector<double> samples;
-  for (const SuffixMeasure& window : form.windows) samples.push_back(of(window));
+  for (const SuffixMeasure& window : windows) samples.push_back(of(window));
   return BootstrapMean(samples, seed);
 }
 
@@ -45,17 +46,19 @@ auto ByPlace(const FormMeasures& form, std::span<const PasskeyPlace> places, con
   return means;
 }
 
-FormSummary SummarizeForm(const FormMeasures& form, std::span<const PasskeyPlace> places,
-                          uint64_t seed) {
+FormSummary SummarizeForm(const FormMeasures& form, const EvalKind& kind,
+                          std::span<const PasskeyPlace> places, uint64_t seed) {
+  const auto windows = std::span(form.windows).subspan(kind.first, kind.windows);
   FormSummary summary;
-  summary.mean_kl = OverWindows(form, seed, MeanKl);
+  summary.mean_kl = OverWindows(windows, seed, MeanKl);
   std::vector<std::vector<float>> kls;
-  for (const SuffixMeasure& window : form.windows) kls.push_back(window.kl);
+  for (const SuffixMeasure& window : windows) kls.push_back(window.kl);
   summary.p99_kl = BootstrapQuantile(kls, 0.99, seed);
-  summary.top1 = OverWindows(form, seed, [](const SuffixMeasure& w) { return w.agreement; });
-  summary.loss = OverWindows(form, seed, [](const SuffixMeasure& w) { return w.loss; });
+  summary.top1 = OverWindows(windows, seed, [](const SuffixMeasure& w) { return w.agreement; });
+  summary.loss = OverWindows(windows, seed, [](const SuffixMeasure& w) { return w.loss; });
   summary.perplexity = Exp(summary.loss);
-  summary.copy_loss = OverWindows(form, seed, [](const SuffixMeasure& w) { return w.copy_loss; });
+  summary.copy_loss =
+      OverWindows(windows, seed, [](const SuffixMeasure& w) { return w.copy_loss; });
   if (places.empty()) return summary;
   summary.passkey = BootstrapMean(form.passkeys, seed);
   summary.passkey_by_length =
@@ -88,21 +91,44 @@ Json FormJson(const FormSummary& form) {
   AddEstimate(&json, "loss", form.loss);
   AddEstimate(&json, "ppl", form.perplexity);
   AddEstimate(&json, "copy_loss", form.copy_loss);
-  if (!form.passkey.has_value()) {
-    json["passkey"] = nullptr;
-    return json;
-  }
-  AddEstimate(&json, "passkey", *form.passkey);
+  return json;
+}
+
+void AddPasskeys(Json* json, const FormSummary& form) {
+  Json& object = *json;
+  object["passkey"] = nullptr;
+  if (!form.passkey.has_value()) return;
+  AddEstimate(json, "passkey", *form.passkey);
   for (const auto& [length, share] : form.passkey_by_length) {
-    json["passkey_by_length"][std::to_string(length)] = share;
+    object["passkey_by_length"][std::to_string(length)] = share;
   }
   for (const auto& [depth, share] : form.passkey_by_depth) {
-    json["passkey_by_depth"][DepthName(depth)] = share;
+    object["passkey_by_depth"][DepthName(depth)] = share;
   }
   for (const auto& [place, share] : form.passkey_by_place) {
-    json["passkey_by_length_and_depth"][std::to_string(place.first)][DepthName(place.second)] =
+    object["passkey_by_length_and_depth"][std::to_string(place.first)][DepthName(place.second)] =
         share;
   }
+}
+
+// What the exact prefix, and none, are worth.
+void AddControls(Json* json, const WindowsSummary& summary) {
+  AddEstimate(json, "exact_loss", summary.exact.loss);
+  AddEstimate(json, "exact_ppl", summary.exact.perplexity);
+  AddEstimate(json, "exact_copy_loss", summary.exact.copy_loss);
+  AddEstimate(json, "zeroed_prefix_loss", summary.zeroed_loss);
+  (*json)["shuffled_prefix_loss"] = nullptr;
+  if (summary.stranger_loss.has_value()) {
+    AddEstimate(json, "shuffled_prefix_loss", *summary.stranger_loss);
+  }
+}
+
+Json SettingJson(const SettingSummary& setting) {
+  Json json = FormJson(setting.read);
+  json["payload_bits_per_element"] = setting.payload_bits;
+  json["bits_per_element"] = setting.bits_per_element;
+  json["ratio_to_bf16"] = setting.ratio;
+  json["class"] = setting.in_class.has_value() ? FormJson(*setting.in_class) : Json(nullptr);
   return json;
 }
 
@@ -133,7 +159,7 @@ std::string PasskeyLine(const std::string& codec, const std::string& wire, const
 }
 
 std::string PasskeyTable(const EvalSummary& summary) {
-  const FormSummary& exact = summary.exact;
+  const FormSummary& exact = summary.all.exact;
   std::string head = fmt::format("{:<21}", "passkey");
   for (const auto& [length, share] : exact.passkey_by_length) head += fmt::format(" {:>6}", length);
   head += "  |";
@@ -142,7 +168,7 @@ std::string PasskeyTable(const EvalSummary& summary) {
       fmt::format("\nPasskey: right answers of {} prompts, by length in tokens and by depth\n",
                   summary.passkey_prompts) +
       head + "\n" + PasskeyLine("exact", "", "", exact);
-  for (const SettingSummary& setting : summary.settings) {
+  for (const SettingSummary& setting : summary.all.settings) {
     table += PasskeyLine(setting.codec, setting.wire, "read", setting.read);
     if (!setting.in_class.has_value()) continue;
     table += PasskeyLine(setting.codec, setting.wire, "class", *setting.in_class);
@@ -157,22 +183,25 @@ std::string LossLine(const std::string& what, const Estimate& loss, double exact
                      loss.value - exact);
 }
 
-}  // namespace
-
-std::string FormatKl(double kl) { return kl == 0 ? "0" : fmt::format("{:.1e}", kl); }
-
-EvalSummary Summarize(EvalSetup setup, std::span<const EvalSetting> settings,
-                      const EvalMeasures& measures) {
-  EvalSummary summary;
-  const uint64_t seed = setup.seed;
-  summary.setup = std::move(setup);
-  summary.passkey_prompts = static_cast<int>(measures.places.size());
-  summary.exact = SummarizeForm(measures.exact, measures.places, seed);
-  summary.zeroed_loss = BootstrapMean(measures.zeroed_loss, seed);
-  if (!measures.stranger_loss.empty()) {
-    summary.stranger_loss = BootstrapMean(measures.stranger_loss, seed);
+WindowsSummary SummarizeWindows(const EvalKind& kind, std::span<const EvalSetting> settings,
+                                const EvalMeasures& measures, int prefix, uint64_t seed) {
+  // A kind has no passkeys of its own.
+  const std::span<const PasskeyPlace> places =
+      kind.name.empty() ? std::span(measures.places) : std::span<const PasskeyPlace>();
+  const auto of_kind = [&](const auto& of_windows) {
+    return std::span(of_windows).subspan(kind.first, kind.windows);
+  };
+  WindowsSummary summary;
+  summary.kind = kind.name;
+  summary.windows = kind.windows;
+  summary.exact = SummarizeForm(measures.exact, kind, places, seed);
+  summary.zeroed_loss = BootstrapMean(of_kind(measures.zeroed_loss), seed);
+  std::vector<double> strangers;
+  for (const std::optional<double>& loss : of_kind(measures.stranger_loss)) {
+    if (loss.has_value()) strangers.push_back(*loss);
   }
-  const size_t blocks = static_cast<size_t>(summary.setup.prefix / kBlockTokens);
+  if (!strangers.empty()) summary.stranger_loss = BootstrapMean(strangers, seed);
+  const size_t blocks = static_cast<size_t>(prefix / kBlockTokens);
   for (size_t i = 0; i < settings.size(); ++i) {
     const BlockClass& block_class = *settings[i].block_class;
     SettingSummary& setting = summary.settings.emplace_back();
@@ -181,7 +210,9 @@ EvalSummary Summarize(EvalSetup setup, std::span<const EvalSetting> settings,
     // bf16 has 2 bytes an element.
     const double elements = static_cast<double>(block_class.Bf16BytesPerToken()) / 2 * kBlockTokens;
     if (settings[i].coder != nullptr) {
-      setting.payload_bits = measures.coded_bits[i];
+      const auto bits = of_kind(measures.coded_bits[i]);
+      setting.payload_bits =
+          std::accumulate(bits.begin(), bits.end(), 0.0) / static_cast<double>(bits.size());
       setting.table_bytes = settings[i].coder->table_bytes();
     } else {
       uint64_t bytes = 0;
@@ -193,10 +224,60 @@ EvalSummary Summarize(EvalSetup setup, std::span<const EvalSetting> settings,
     }
     setting.bits_per_element = setting.payload_bits + 8 * measures.manifest_bytes[i] / elements;
     setting.ratio = 16 / setting.bits_per_element;
-    setting.read = SummarizeForm(measures.read[i], measures.places, seed);
+    setting.read = SummarizeForm(measures.read[i], kind, places, seed);
     if (measures.in_class.empty() || measures.in_class[i].windows.empty()) continue;
-    setting.in_class = SummarizeForm(measures.in_class[i], measures.places, seed);
+    setting.in_class = SummarizeForm(measures.in_class[i], kind, places, seed);
   }
+  return summary;
+}
+
+std::string FormsTable(const WindowsSummary& summary) {
+  std::string table = fmt::format(
+      "{:<9} {:<4} {:<5} {:>6} {:>5} {:>7} {:<18} {:>7} {:>6} {:>8} {:>6} {:>5}\n", "codec", "wire",
+      "", "bits", "ratio", "mean KL", "", "p99 KL", "top-1", "perplex.", "copy", "pass");
+  table += FormLine("exact", "", "", "", "", summary.exact);
+  for (const SettingSummary& setting : summary.settings) {
+    table += FormLine(setting.codec, setting.wire, "read",
+                      fmt::format("{:.2f}", setting.bits_per_element),
+                      fmt::format("{:.2f}", setting.ratio), setting.read);
+    if (!setting.in_class.has_value()) continue;
+    table += FormLine("", "", "class", "", "", *setting.in_class);
+  }
+  return table;
+}
+
+std::string WorthTable(const WindowsSummary& summary) {
+  const double exact = summary.exact.loss.value;
+  std::string table = "\nWhat the prefix is worth (loss of the suffix):\n";
+  table += LossLine("exact prefix", summary.exact.loss, exact);
+  table += LossLine("its keys and values set to zero", summary.zeroed_loss, exact);
+  if (summary.stranger_loss.has_value()) {
+    table += LossLine("another place's prefix (shuffled)", *summary.stranger_loss, exact);
+  }
+  return table;
+}
+
+const SettingSummary* NoiseFloor(const WindowsSummary& summary) {
+  for (const SettingSummary& setting : summary.settings) {
+    if (setting.codec == kernels::kRawFp32Codec.name) return &setting;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+std::string FormatKl(double kl) { return kl == 0 ? "0" : fmt::format("{:.1e}", kl); }
+
+EvalSummary Summarize(EvalSetup setup, std::span<const EvalSetting> settings,
+                      const EvalMeasures& measures) {
+  EvalSummary summary;
+  summary.setup = std::move(setup);
+  summary.passkey_prompts = static_cast<int>(measures.places.size());
+  const auto summarize = [&](const EvalKind& kind) {
+    return SummarizeWindows(kind, settings, measures, summary.setup.prefix, summary.setup.seed);
+  };
+  summary.all = summarize({"", 0, measures.exact.windows.size()});
+  for (const EvalKind& kind : summary.setup.kinds) summary.kinds.push_back(summarize(kind));
   return summary;
 }
 
@@ -213,37 +294,34 @@ nlohmann::json EvalJson(const EvalSummary& summary) {
                  {"threads", setup.threads},
                  {"openblas_core_type", setup.blas_core_type},
                  {"kernels", setup.kernels}};
-  AddEstimate(&common, "exact_loss", summary.exact.loss);
-  AddEstimate(&common, "exact_ppl", summary.exact.perplexity);
-  AddEstimate(&common, "exact_copy_loss", summary.exact.copy_loss);
-  AddEstimate(&common, "zeroed_prefix_loss", summary.zeroed_loss);
-  common["shuffled_prefix_loss"] = nullptr;
-  if (summary.stranger_loss.has_value()) {
-    AddEstimate(&common, "shuffled_prefix_loss", *summary.stranger_loss);
-  }
+  AddControls(&common, summary.all);
   common["exact_passkey"] = nullptr;
-  if (summary.exact.passkey.has_value()) {
-    AddEstimate(&common, "exact_passkey", *summary.exact.passkey);
+  if (summary.all.exact.passkey.has_value()) {
+    AddEstimate(&common, "exact_passkey", *summary.all.exact.passkey);
   }
   common["noise_floor_kl"] = nullptr;
-  for (const SettingSummary& setting : summary.settings) {
-    if (setting.codec == kernels::kRawFp32Codec.name) {
-      common["noise_floor_kl"] = setting.read.mean_kl.value;
-    }
+  if (const SettingSummary* floor = NoiseFloor(summary.all)) {
+    common["noise_floor_kl"] = floor->read.mean_kl.value;
   }
 
   Json list = Json::array();
-  for (const SettingSummary& setting : summary.settings) {
+  for (size_t i = 0; i < summary.all.settings.size(); ++i) {
+    const SettingSummary& setting = summary.all.settings[i];
     Json object = common;
-    object.update(FormJson(setting.read));
+    object.update(SettingJson(setting));
+    AddPasskeys(&object, setting.read);
+    if (setting.in_class.has_value()) AddPasskeys(&object["class"], *setting.in_class);
     object["codec"] = setting.codec;
     object["wire"] = setting.wire;
     object["mode"] = "read";
-    object["payload_bits_per_element"] = setting.payload_bits;
-    object["bits_per_element"] = setting.bits_per_element;
-    object["ratio_to_bf16"] = setting.ratio;
     object["table_bytes"] = setting.table_bytes;
-    object["class"] = setting.in_class.has_value() ? FormJson(*setting.in_class) : Json(nullptr);
+    object["kinds"] = nullptr;
+    for (const WindowsSummary& kind : summary.kinds) {
+      Json& of_kind = object["kinds"][kind.kind];
+      of_kind = SettingJson(kind.settings[i]);
+      of_kind["windows"] = kind.windows;
+      AddControls(&of_kind, kind);
+    }
     list.push_back(std::move(object));
   }
   return list;
@@ -265,32 +343,18 @@ std::string EvalTable(const EvalSummary& summary) {
       "Bits are those of an element of the KV state, scales, manifests and keys counted; KL(exact "
       "||\n"
       "lossy) and losses in nats; in brackets 95 % intervals over windows.\n\n";
-  page += fmt::format("{:<9} {:<4} {:<5} {:>6} {:>5} {:>7} {:<18} {:>7} {:>6} {:>8} {:>6} {:>5}\n",
-                      "codec", "wire", "", "bits", "ratio", "mean KL", "", "p99 KL", "top-1",
-                      "perplex.", "copy", "pass");
-  page += FormLine("exact", "", "", "", "", summary.exact);
-  const SettingSummary* floor = nullptr;
-  for (const SettingSummary& setting : summary.settings) {
-    if (setting.codec == kernels::kRawFp32Codec.name) floor = &setting;
-    page += FormLine(setting.codec, setting.wire, "read",
-                     fmt::format("{:.2f}", setting.bits_per_element),
-                     fmt::format("{:.2f}", setting.ratio), setting.read);
-    if (!setting.in_class.has_value()) continue;
-    page += FormLine("", "", "class", "", "", *setting.in_class);
-  }
-  if (floor != nullptr) {
+  page += FormsTable(summary.all);
+  if (const SettingSummary* floor = NoiseFloor(summary.all)) {
     page += fmt::format(
         "\nNoise floor: {} is what rounding to bf16 alone changes (raw-fp32 against raw).\n",
         FormatKl(floor->read.mean_kl.value));
   }
-  const double exact = summary.exact.loss.value;
-  page += "\nWhat the prefix is worth (loss of the suffix):\n";
-  page += LossLine("exact prefix", summary.exact.loss, exact);
-  page += LossLine("its keys and values set to zero", summary.zeroed_loss, exact);
-  if (summary.stranger_loss.has_value()) {
-    page += LossLine("another place's prefix (shuffled)", *summary.stranger_loss, exact);
-  }
+  page += WorthTable(summary.all);
   if (summary.passkey_prompts > 0) page += PasskeyTable(summary);
+  for (const WindowsSummary& kind : summary.kinds) {
+    page += fmt::format("\n{}: {} windows\n\n", kind.kind, kind.windows);
+    page += FormsTable(kind) + WorthTable(kind);
+  }
   return page;
 }
 

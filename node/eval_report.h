@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "node/eval_measure.h"
+#include "node/eval_set.h"
 #include "node/eval_statistics.h"
 
 namespace kvant::node {
@@ -19,10 +20,11 @@ namespace kvant::node {
 struct EvalSetup {
   std::string model;   // name shown
   std::string digest;  // hexadecimal, of the model
-  std::string text;    // file
+  std::string text;    // file, or folder with one for each kind
   int prefix = 0;
   int suffix = 0;
-  int windows = 0;
+  int windows = 0;              // of all kinds
+  std::vector<EvalKind> kinds;  // empty where texts have none
   int threads = 0;
   uint64_t seed = 0;
   std::string blas_core_type;
@@ -54,16 +56,24 @@ struct SettingSummary {
   std::optional<FormSummary> in_class;
 };
 
-struct EvalSummary {
-  EvalSetup setup;
-  int passkey_prompts = 0;
+// Over some windows.
+struct WindowsSummary {
+  std::string kind;  // empty: all windows
+  size_t windows = 0;
   FormSummary exact;
   Estimate zeroed_loss;                   // nats a token
   std::optional<Estimate> stranger_loss;  // none where the text has no second prefix
   std::vector<SettingSummary> settings;
 };
 
-// REQUIRES: at least one window.
+struct EvalSummary {
+  EvalSetup setup;
+  int passkey_prompts = 0;
+  WindowsSummary all;
+  std::vector<WindowsSummary> kinds;  // without passkeys; empty where texts have no kinds
+};
+
+// REQUIRES: at least one window; those of the setup's kinds are among them.
 EvalSummary Summarize(EvalSetup setup, std::span<const EvalSetting> settings,
                       const EvalMeasures& measures);
 

@@ -104,9 +104,11 @@ void AddEvalOptions(CLI::App* command, EvalOptions* eval) {
       ->required();
   command->add_option("--text", eval->text,
                       "Text that the model was not trained on (default: its own heldout.txt)");
+  command->add_option("--texts", eval->texts,
+                      "Folder with a subfolder of such texts for each kind, reported by itself");
   command->add_option("--pack", eval->pack, "The model's codec pack, for the codec klt");
   command->add_option("--calibration", eval->calibration,
-                      "Text that the baselines kvtc and aqua learn their tables from");
+                      "Texts that the baselines kvtc and aqua learn their tables from");
   command
       ->add_option("--codec", eval->codecs,
                    "What to compare, codecs and baselines (default raw,raw-fp32,tile8,tile4; exact "
@@ -120,8 +122,10 @@ void AddEvalOptions(CLI::App* command, EvalOptions* eval) {
       ->capture_default_str();
   command->add_option("--suffix", eval->suffix, "Fresh tokens behind them")->capture_default_str();
   command
-      ->add_option("--windows", eval->windows,
-                   "Places of the text (default 0: as many as do not overlap, at most 16)")
+      ->add_option(
+          "--windows", eval->windows,
+          "Places of the text (default 0: as many as do not overlap, at most 16), or of each of "
+          "--texts (default 0: 1)")
       ->check(CLI::Range(0, 1 << 16));
   command
       ->add_option("--passkey-samples", eval->passkey_samples, "Prompts for each length and depth")

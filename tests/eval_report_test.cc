@@ -304,6 +304,61 @@ TEST_F(EvalReportTest, BaselinesStandBesideCodecs) {
   EXPECT_THAT(*plot, HasSubstr("kivi2 full"));
 }
 
+TEST_F(EvalReportTest, KindsAreReportedByThemselves) {
+  const std::string held_out = *ReadFile(Path("heldout.txt"));
+  const auto write = [&](const std::string& name, size_t from) {
+    const std::filesystem::path file = directory_.path() / "texts" / name;
+    std::filesystem::create_directories(file.parent_path());
+    ASSERT_TRUE(WriteFile(file, held_out.substr(from, 2000)).ok());
+  };
+  write("code/a.c", 0);
+  write("code/b.c", 2000);
+  write("prose/c.txt", 4000);
+  write("prose/d.txt", 6000);
+  write("prose/e.txt", 7000);
+  eval_.texts = Path("texts");
+  eval_.windows = 0;
+  eval_.codecs = {"tile8", "tile4", "kivi2"};
+  eval_.wires = {"full"};
+  const json list = Run();
+  ASSERT_EQ(list.size(), 3U);
+  for (const json& object : list) {
+    SCOPED_TRACE(object.dump());
+    EXPECT_EQ(object.at("windows"), 5);
+    EXPECT_EQ(object.at("text"), Path("texts"));
+    const json& kinds = object.at("kinds");
+    ASSERT_EQ(kinds.size(), 2U);
+    EXPECT_EQ(kinds.at("code").at("windows"), 2);
+    EXPECT_EQ(kinds.at("prose").at("windows"), 3);
+    for (const char* field : {"mean_kl", "top1", "loss", "copy_loss", "bits_per_element",
+                              "exact_loss", "zeroed_prefix_loss", "shuffled_prefix_loss"}) {
+      SCOPED_TRACE(field);
+      const double whole = object.at(field);
+      EXPECT_NEAR((2 * kinds.at("code").at(field).get<double>() +
+                   3 * kinds.at("prose").at(field).get<double>()) /
+                      5,
+                  whole, 1e-9 + 1e-6 * std::abs(whole));
+    }
+    EXPECT_NE(kinds.at("code").at("mean_kl"), kinds.at("prose").at("mean_kl"));
+    EXPECT_EQ(kinds.at("prose").at("p99_kl_ci").size(), 2U);
+    EXPECT_EQ(kinds.at("prose").at("ppl_ci").size(), 2U);
+    const json& in_class = kinds.at("prose").at("class");
+    EXPECT_EQ(in_class.is_null(), object.at("codec") == "kivi2");
+    if (!in_class.is_null()) {
+      EXPECT_GT(in_class.at("mean_kl").get<double>(), 0);
+    }
+  }
+  EXPECT_THAT(table_, HasSubstr("\ncode: 2 windows\n"));
+  EXPECT_THAT(table_, HasSubstr("\nprose: 3 windows\n"));
+  std::istringstream lines(table_);
+  for (std::string line; std::getline(lines, line);) EXPECT_LE(line.size(), 100U) << line;
+
+  // One text has no kinds, and says so.
+  eval_.texts.clear();
+  eval_.windows = 2;
+  EXPECT_TRUE(Run()[0].at("kinds").is_null());
+}
+
 TEST_F(EvalReportTest, RefusesWhatItCannotMeasure) {
   const EvalOptions good = eval_;
   eval_.prefix = 100;
@@ -324,7 +379,7 @@ TEST_F(EvalReportTest, RefusesWhatItCannotMeasure) {
   ExpectRefused({"zip", "tile8", "q8_0", "kivi4"});
   eval_.codecs = {"kvtc"};
   ExpectRefused({"kvtc", "--calibration"});
-  eval_.calibration = Path("no.txt");
+  eval_.calibration = {Path("no.txt")};
   ExpectRefused({"no.txt"});
   eval_.calibration.clear();
   eval_.codecs = {"q8_0"};
@@ -333,6 +388,11 @@ TEST_F(EvalReportTest, RefusesWhatItCannotMeasure) {
   eval_ = good;
   eval_.text = Path("absent.txt");
   ExpectRefused({"absent.txt"});
+  eval_.texts = directory_.path();
+  ExpectRefused({"--text", "--texts"});
+  eval_.text.clear();
+  ExpectRefused({"a subfolder for each kind"});
+  eval_.texts.clear();
   ASSERT_TRUE(WriteFile(Path("short.txt"), "Too short.").ok());
   eval_.text = Path("short.txt");
   ExpectRefused({"short.txt", "--text"});

@@ -23,6 +23,7 @@ kvant_test(make_checkpoint_test LIBS kvant_test_models LABELS unit)
 kvant_test(eval_text_test LIBS kvant_test_models LABELS unit)
 kvant_test(eval_measure_test LIBS kvant_test_models LABELS unit)
 kvant_test(eval_report_test LIBS kvant_test_models LABELS unit)
+kvant_test(eval_set_test LIBS kvant_test_models LABELS unit)
 # Debian's librapidcheck-dev has no CMake package.
 find_path(RAPIDCHECK_INCLUDE rapidcheck.h REQUIRED)
 find_library(RAPIDCHECK_LIBRARY rapidcheck REQUIRED)
