@@ -17,7 +17,7 @@ constexpr int kFirstLayerBits = 4;
 constexpr int kSinks = kKvtcSinks;
 constexpr int kWindow = kKvtcWindow;
 // Of the calibration, evenly; predictors have at most a few thousand inputs.
-constexpr size_t kRowsOfPiece = 512;
+constexpr size_t kRowsOfPiece = 256;
 constexpr size_t kFewestRows = 256;
 constexpr double kRidge = 1e-4;
 

@@ -37,7 +37,8 @@ struct EvalOptions {
 inline constexpr std::string_view kDefaultEvalCodecs[] = {"raw", "raw-fp32", "tile8", "tile4"};
 inline constexpr int kMinEvalSuffix = 16;
 // Pieces of the calibration texts together, each as long as a prefix; at least one of each.
-inline constexpr int kCalibrationPieces = 24;
+// About as many tokens as a codec pack is made from.
+inline constexpr int kCalibrationPieces = 96;
 inline constexpr int kPasskeyLengths[] = {512, 1024, 2048};
 inline constexpr double kPasskeyDepths[] = {0.05, 0.25, 0.5, 0.75, 0.95};
 

@@ -22,9 +22,11 @@ constexpr double kTop = 58;
 constexpr double kBottom = kHeight - 92;
 constexpr double kCharacterWidth = 6.6;  // of the 12 px labels, on the wide side
 constexpr double kLineHeight = 14;
+constexpr double kFewestBits = 1.0 / 64;  // what takes less is drawn here
 
-constexpr std::string_view kColors[] = {"#1b6ca8", "#c4501b", "#2e8b57",
-                                        "#8e44ad", "#7a6a00", "#b0305c"};
+constexpr std::string_view kColors[] = {"#1b6ca8", "#c4501b", "#2e8b57", "#8e44ad",
+                                        "#7a6a00", "#b0305c", "#00808a", "#5a5a5a",
+                                        "#a05a2c", "#3f51b5", "#558b2f", "#d0661f"};
 
 struct Point {
   size_t codec = 0;  // index into the codecs shown
@@ -139,19 +141,25 @@ class Plot {
   void ChooseAxes() {
     double low = floor_ > 0 ? floor_ : 1;
     double high = floor_ > 0 ? floor_ : 0;
-    double bits = 4;
+    double fewest = 2;
+    double most = 4;
     for (const Point& point : points_) {
       low = std::min(low, point.kl.low > 0 ? point.kl.low : point.kl.value);
       high = std::max(high, point.kl.high);
-      bits = std::max(bits, point.bits);
+      fewest = std::min(fewest, point.bits);
+      most = std::max(most, point.bits);
     }
     if (high <= 0) low = 1e-6, high = 1;  // nothing to show: any axis will do
     low_decade_ = static_cast<int>(std::floor(std::log10(low)));
     high_decade_ = std::max(static_cast<int>(std::ceil(std::log10(high))), low_decade_ + 1);
-    bits_ = static_cast<int>(std::ceil(bits)) + 1;
+    low_octave_ = static_cast<int>(std::floor(std::log2(std::max(fewest, kFewestBits))));
+    high_octave_ = static_cast<int>(std::ceil(std::log2(most)));
   }
 
-  double X(double bits) const { return kLeft + (kRight - kLeft) * bits / bits_; }
+  double X(double bits) const {
+    return kLeft + (kRight - kLeft) * (std::log2(std::max(bits, kFewestBits)) - low_octave_) /
+                       (high_octave_ - low_octave_);
+  }
   double Y(double kl) const {
     const double decade =
         std::clamp(std::log10(std::max(kl, 1e-300)), static_cast<double>(low_decade_),
@@ -165,10 +173,10 @@ class Plot {
       out_ += Line(kLeft, y, kRight, y, "stroke=\"#ddd\"");
       out_ += Text(kLeft - 8, y + 4, "end", fmt::format("1e{}", decade));
     }
-    const int step = bits_ > 12 ? 2 : 1;
-    for (int bits = 0; bits <= bits_; bits += step) {
+    for (int octave = low_octave_; octave <= high_octave_; ++octave) {
+      const double bits = std::exp2(octave);
       out_ += Line(X(bits), kTop, X(bits), kBottom, "stroke=\"#eee\"");
-      out_ += Text(X(bits), kBottom + 18, "middle", std::to_string(bits));
+      out_ += Text(X(bits), kBottom + 18, "middle", fmt::format("{}", bits));
     }
     out_ += Line(kLeft, kBottom, kRight, kBottom, "stroke=\"#222\"");
     out_ += Line(kLeft, kTop, kLeft, kBottom, "stroke=\"#222\"");
@@ -272,7 +280,8 @@ class Plot {
   double floor_ = 0;  // 0: not measured, or nothing to see
   int low_decade_ = 0;
   int high_decade_ = 1;
-  int bits_ = 1;
+  int low_octave_ = 1;  // of bits
+  int high_octave_ = 2;
   std::vector<Box> taken_;
   std::string out_;
 };

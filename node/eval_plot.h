@@ -7,7 +7,7 @@
 
 namespace kvant::node {
 
-// A whole SVG file. KL on a logarithmic axis, with its 95 % interval; points of one codec are
+// A whole SVG file. Both axes are logarithmic, KL has its 95 % interval; points of one codec are
 // joined. The noise floor is a line; what has no KL at all is named below the picture.
 std::string EvalPlot(const EvalSummary& summary);
 
