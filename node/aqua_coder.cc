@@ -293,16 +293,14 @@ uint64_t QuantizeResidual(int bits, int head_dim, std::span<float> x) {
   return 16 + x.size() * static_cast<uint64_t>(bits);
 }
 
-Result<std::unique_ptr<StateCoder>> MakeAquaCoder(std::string name, const Model* model,
-                                                  const Calibration& calibration, int bits) {
-  std::vector<float> keys;
-  std::vector<float> values;
+Result<AquaSample> SampleForAqua(const Model& model, const Calibration& calibration) {
+  AquaSample sample;
   size_t rows = 0;
   KV_RETURN_IF_ERROR(calibration([&](const PrefixState& state) {
     const int end = state.tokens() - kWindow;
     if (end <= kSinks) return;
-    const std::vector<float> k = KvtcRows(*model, state, true, kSinks, end);
-    const std::vector<float> v = KvtcRows(*model, state, false, kSinks, end);
+    const std::vector<float> k = KvtcRows(model, state, true, kSinks, end);
+    const std::vector<float> v = KvtcRows(model, state, false, kSinks, end);
     const size_t count = Size(end - kSinks);
     const size_t taken = std::min(count, kRowsOfPiece);
     for (size_t i = 0; i < taken; ++i) {
@@ -312,8 +310,8 @@ Result<std::unique_ptr<StateCoder>> MakeAquaCoder(std::string name, const Model*
         to->insert(to->end(), from.begin() + static_cast<std::ptrdiff_t>(row * width),
                    from.begin() + static_cast<std::ptrdiff_t>((row + 1) * width));
       };
-      take(k, &keys);
-      take(v, &values);
+      take(k, &sample.keys);
+      take(v, &sample.values);
     }
     rows += taken;
   }));
@@ -322,11 +320,16 @@ Result<std::unique_ptr<StateCoder>> MakeAquaCoder(std::string name, const Model*
         "the calibration text gives {} rows, and predictors need {} at least: give a longer one",
         rows, kFewestRows);
   }
+  return sample;
+}
+
+Result<std::unique_ptr<StateCoder>> MakeAquaCoder(std::string name, const Model* model,
+                                                  AquaSample sample, int bits) {
   Predictors predictors;
   predictors.shape = model->config().StateShape(1);
   predictors.layers = model->config().layers;
   predictors.bits = bits;
-  KV_RETURN_IF_ERROR(predictors.Learn(&keys, &values));
+  KV_RETURN_IF_ERROR(predictors.Learn(&sample.keys, &sample.values));
   return std::unique_ptr<StateCoder>(
       std::make_unique<AquaCoder>(std::move(name), model, std::move(predictors)));
 }

@@ -33,12 +33,20 @@ std::vector<float> Predict(const LinearPredictor& predictor, std::span<const flo
 // of Max, 1960). Returns the bits stored. x: whole heads. REQUIRES: bits is 2, 3 or 4.
 uint64_t QuantizeResidual(int bits, int head_dim, std::span<float> x);
 
-// AQUA-KV (Shutova et al., 2025, arXiv 2501.19392): keys before rope are predicted from
-// the decoded keys of the layer below, values from its decoded values and the layer's own decoded
-// keys; linear predictors with a bias, learnt layer by layer on decoded inputs of the calibration.
-// The first layer's residual has 4 bits, as published, all others `bits`. The first 4 tokens and
-// the newest 128 stay in bf16. kUnsupported, kInvalidArgument: as the calibration, or too few rows.
+// Rows of a calibration that predictors are learnt from, whatever their bits. Value.
+struct AquaSample {
+  std::vector<float> keys;    // [rows][width of all layers], before rope
+  std::vector<float> values;  // [rows][width of all layers]
+};
+// Errors are those of the calibration; kInvalidArgument: it gives too few rows.
+Result<AquaSample> SampleForAqua(const Model& model, const Calibration& calibration);
+
+// AQUA-KV (Shutova et al., 2025, arXiv 2501.19392): keys before rope are predicted from the decoded
+// keys of the layer below, values from its decoded values and the layer's own decoded keys; linear
+// predictors with a bias, learnt layer by layer on decoded inputs of the sample. The first layer's
+// residual has 4 bits, as published, all others `bits`. The first 4 tokens and the newest 128 stay
+// in bf16. kUnsupported: OpenBLAS has no solver.
 Result<std::unique_ptr<StateCoder>> MakeAquaCoder(std::string name, const Model* model,
-                                                  const Calibration& calibration, int bits);
+                                                  AquaSample sample, int bits);
 
 }  // namespace kvant::node

@@ -252,7 +252,10 @@ Status RunPasskeys(const EvalOptions& options, const EvalSet& texts, int max_pos
 Result<EvalPlan> MakeEvalPlan(const Model* model, const std::vector<std::string>& codecs,
                               const std::vector<std::string>& wires, const Calibration& calibration,
                               std::shared_ptr<const KltPack> pack) {
-  CoderContext context{model, calibration, std::move(pack), nullptr};
+  CoderContext context;
+  context.model = model;
+  context.calibration = calibration;
+  context.klt_pack = std::move(pack);
   std::vector<std::string> names = codecs;
   if (names.empty()) names.assign(std::begin(kDefaultEvalCodecs), std::end(kDefaultEvalCodecs));
   EvalPlan plan;

@@ -65,7 +65,11 @@ Made MakeKvtc(std::string_view name, CoderContext* context) {
 template <int kBits>
 Made MakeAqua(std::string_view name, CoderContext* context) {
   KV_RETURN_IF_ERROR(NeedCalibration(name, *context));
-  return MakeAquaCoder(std::string(name), context->model, context->calibration, kBits);
+  if (context->aqua_sample == nullptr) {
+    KV_ASSIGN_OR_RETURN(AquaSample sample, SampleForAqua(*context->model, context->calibration));
+    context->aqua_sample = std::make_shared<const AquaSample>(std::move(sample));
+  }
+  return MakeAquaCoder(std::string(name), context->model, *context->aqua_sample, kBits);
 }
 
 Made MakeKlt(std::string_view name, CoderContext* context) {

@@ -98,15 +98,17 @@ class StateCoder {
 // other. Errors are those of computing them.
 using Calibration = std::function<Status(const std::function<void(const PrefixState&)>& visit)>;
 
+struct AquaSample;
 struct KltPack;
 struct KvtcPack;
 
 // What coders are made from. Single-owner.
 struct CoderContext {
-  const Model* model = nullptr;               // borrowed by the coders
-  Calibration calibration;                    // empty: there is no such text
-  std::shared_ptr<const KltPack> klt_pack;    // nullptr: none was given
-  std::shared_ptr<const KvtcPack> kvtc_pack;  // once a coder has learnt it
+  const Model* model = nullptr;                   // borrowed by the coders
+  Calibration calibration;                        // empty: there is no such text
+  std::shared_ptr<const KltPack> klt_pack;        // nullptr: none was given
+  std::shared_ptr<const KvtcPack> kvtc_pack;      // once a coder has learnt it
+  std::shared_ptr<const AquaSample> aqua_sample;  // once a coder has drawn it
 };
 
 // Names of all coders, in the order of docs/fidelity.md.
