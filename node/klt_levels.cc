@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "base/bytes.h"
 #include "base/check.h"
@@ -71,13 +72,14 @@ Status Malformed(std::string_view what) {
   return DataLoss("a klt block: {}; was it coded with another pack or cut?", what);
 }
 
-// floor(4 log2(deviation / step) + 1/2) without a logarithm, whose last bits differ between
-// libraries: 2^(-7/8), 2^(-5/8), 2^(-3/8) and 2^(-1/8) part a mantissa from 1/2 to 1.
-// REQUIRES: deviation > 0.
-int QuartersOf(float deviation, float step) {
+// floor(4 log2(ratio) + 1/2) without a logarithm, whose last bits differ between libraries:
+// 2^(-7/8), 2^(-5/8), 2^(-3/8) and 2^(-1/8) part a mantissa from 1/2 to 1.
+// REQUIRES: ratio > 0.
+int QuartersOf(float ratio) {
   constexpr float kParts[] = {0x1.172b84p-1F, 0x1.4bfdaep-1F, 0x1.8ace54p-1F, 0x1.d5818ep-1F};
   int exponent = 0;
-  const float mantissa = std::frexp(deviation / step, &exponent);
+  // Infinity has no exponent.
+  const float mantissa = std::frexp(std::min(ratio, std::numeric_limits<float>::max()), &exponent);
   int quarters = 4 * exponent - 4;
   for (const float part : kParts) quarters += mantissa >= part ? 1 : 0;
   return quarters;
@@ -88,23 +90,25 @@ size_t MeanIndex(int32_t level) { return std::min<size_t>(Folded(level), kKltMea
 }  // namespace
 
 KltPlace FirstPlace(float deviation, float step) {
-  if (!(deviation > 0)) return {};
-  const int quarters = QuartersOf(deviation, step);
+  const float ratio = deviation / step;
+  if (!(ratio > 0)) return {};
+  const int quarters = QuartersOf(ratio);
   if (quarters < 4 * kKltLowest) return {};
   if (quarters < 4 * kKltHighest) return {static_cast<int16_t>(quarters - 4 * kKltLowest), 0};
   // Of the shared ones, whose symbols stand for a span that grows with the deviation.
-  const int above = quarters - 4 * kKltHighest;
+  const int above = std::min(quarters - 4 * kKltHighest, 4 * kKltMostLowBits - 1);
   return {static_cast<int16_t>(kKltRatios + above % 4), static_cast<int16_t>(1 + above / 4)};
 }
 
 KltPlace RefinedPlace(int refinement, bool significant, float deviation, float step) {
   KV_DCHECK(refinement >= 1 && refinement <= kKltRefinements);
-  if (!(deviation > 0)) return {};
-  const int quarters = QuartersOf(deviation, step);
+  const float ratio = deviation / step;
+  if (!(ratio > 0)) return {};
+  const int quarters = QuartersOf(ratio);
   if (quarters < 4 * kKltLowest && !significant) return {};
-  const int ratio = std::clamp(quarters - 4 * kKltLowest, 0, kKltRatios - 1);
+  const int place = std::clamp(quarters - 4 * kKltLowest, 0, kKltRatios - 1);
   const int first = kKltFirstTables + (2 * (refinement - 1) + (significant ? 1 : 0)) * kKltRatios;
-  return {static_cast<int16_t>(first + ratio), 0};
+  return {static_cast<int16_t>(first + place), 0};
 }
 
 uint32_t Folded(int32_t level) {
@@ -210,14 +214,15 @@ Status KltLevels::Read(std::span<const std::byte> in, std::span<const KltPlace> 
     const KltPlace place = places[i];
     levels[i] = 0;
     if (place.table < 0) continue;
-    uint32_t folded = *next++;
+    // An escaped number and its low bits take 42.
+    uint64_t folded = *next++;
     if (folded == kEscape) folded = low.Take(kEscapeBits);
     if (place.low_bits > 0) folded = folded << place.low_bits | low.Take(place.low_bits);
     if (low.overrun()) return Malformed("low bits end too early");
     if (folded > 2U * static_cast<uint32_t>(kKltLargestLevel)) {
       return Malformed("a level is too large");
     }
-    levels[i] = Unfolded(folded);
+    levels[i] = Unfolded(static_cast<uint32_t>(folded));
   }
   if (!low.AtEnd()) return Malformed("bytes are left over");
   return OkStatus();

@@ -34,6 +34,8 @@ struct KltPlace {
   int16_t table = -1;  // -1: it is not coded
   int16_t low_bits = 0;
 };
+// As many, whatever a pack says: a level has no more.
+inline constexpr int kKltMostLowBits = 20;
 // In a block's first cut.
 KltPlace FirstPlace(float deviation, float step);
 // In refinement 1.. of it. significant: a level of an earlier cut was not 0.
