@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <bit>
+#include <cctype>
 #include <cmath>
 #include <fstream>
+#include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <utility>
@@ -103,22 +105,37 @@ std::string TextOf(const std::vector<KltCut>& cuts) {
   for (const KltCut& cut : cuts) list.push_back({cut.name, cut.step, cut.mean_kl});
   return list.dump();
 }
+bool IsCut(const json& entry) {
+  if (!entry.is_array() || entry.size() != 3 || !entry[0].is_string()) return false;
+  const auto& name = entry[0].get_ref<const std::string&>();
+  const auto fits = [](const json& number) {
+    return number.is_number() && number.get<double>() >= 0 &&
+           number.get<double>() <= static_cast<double>(std::numeric_limits<float>::max());
+  };
+  // They are parts of other names.
+  return !name.empty() &&
+         std::all_of(name.begin(), name.end(),
+                     [](char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0; }) &&
+         fits(entry[1]) && fits(entry[2]);
+}
 Result<std::vector<KltCut>> CutsOf(const std::string& text, const std::string& name) {
   KV_ASSIGN_OR_RETURN(const json list, ParseJson(text, name));
   std::vector<KltCut> cuts;
   bool good = list.is_array() && !list.empty() && list.size() <= kMaxCutsOfPack;
   for (size_t i = 0; good && i < list.size(); ++i) {
-    const json& entry = list[i];
-    good = entry.is_array() && entry.size() == 3 && entry[0].is_string() && entry[1].is_number() &&
-           entry[2].is_number();
+    good = IsCut(list[i]);
     if (!good) break;
-    cuts.push_back({entry[0].get<std::string>(), entry[1].get<float>(), entry[2].get<float>()});
-    good = std::isfinite(cuts.back().step) && cuts.back().step > 0 && cuts.back().mean_kl >= 0 &&
-           (i == 0 || cuts[i - 1].step < cuts[i].step);
+    KltCut cut{list[i][0].get<std::string>(), list[i][1].get<float>(), list[i][2].get<float>()};
+    good = cut.step > 0 && (i == 0 || cuts[i - 1].step < cut.step) &&
+           std::none_of(cuts.begin(), cuts.end(),
+                        [&](const KltCut& other) { return other.name == cut.name; });
+    cuts.push_back(std::move(cut));
   }
   if (good) return cuts;
   return InvalidArgument(
-      "{}: its metadata have no list of cuts, [name, step, mean KL], steps ascending", name);
+      "{}: its metadata have no list of cuts, [name, step, mean KL], names of letters and digits, "
+      "steps ascending",
+      name);
 }
 
 // The names of `refining`, of cuts that get finer.
@@ -238,7 +255,8 @@ Result<KltPack> LoadKltPack(const std::filesystem::path& file, const Model& mode
   }
   KltPack pack;
   pack.model = text_of("model");
-  KV_RETURN_IF_ERROR(pack.CheckFits(model));
+  if (const Status fits = pack.CheckFits(model); !fits.ok())
+    return InvalidArgument("{}: {}", name, fits.message());
   pack.calibrated_on = text_of("calibrated_on");
   pack.weighed_by = text_of("weighed_by");
   pack.file_bytes = mapped->bytes().size();
