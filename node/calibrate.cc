@@ -438,8 +438,10 @@ Status Calibrator::ChooseCuts() {
 Status Calibrator::FinishCuts() {
   std::vector<std::vector<size_t>> chains;
   for (size_t cut = 0; cut < pack_.cuts.size(); ++cut) chains.push_back({cut});
-  const std::vector<std::vector<size_t>> whole = {pack_.refining};
-  fit_.Count(whole, kKltFirstTables, kKltTables - kKltFirstTables);
+  if (pack_.refining.size() > 1) {
+    const std::vector<std::vector<size_t>> whole = {pack_.refining};
+    fit_.Count(whole, kKltFirstTables, kKltTables - kKltFirstTables);
+  }
   for (size_t count = 2; count <= pack_.refining.size(); ++count)
     chains.emplace_back(pack_.refining.begin(),
                         pack_.refining.begin() + static_cast<ptrdiff_t>(count));
