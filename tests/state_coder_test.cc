@@ -20,6 +20,7 @@
 #include "node/aqua_coder.h"
 #include "node/ggml_coder.h"
 #include "node/kivi_coder.h"
+#include "node/klt_state_coder.h"
 #include "node/kvtc_pack.h"
 #include "tests/support/random_klt_pack.h"
 #include "tests/support/random_model.h"
@@ -30,6 +31,7 @@ namespace {
 using Floats = std::vector<float>;
 using kernels::FromFp16;
 using kernels::ToFp16;
+using testing::ElementsAre;
 using testing::HasSubstr;
 
 std::unique_ptr<Model> MakeModel(const ModelConfig& config) {
@@ -590,6 +592,43 @@ TEST(AquaCoder, CountsScalesSinksAndWindow) {
     EXPECT_FALSE(same(191));
     EXPECT_TRUE(same(192));
   }
+}
+
+TEST(KltStateCoder, ReadsEachCutAloneAndAsARefinement) {
+  const auto coder = Make("klt", TinyModel());
+  ASSERT_TRUE(coder.ok()) << coder.status().message();
+  EXPECT_THAT((*coder)->wires(),
+              ElementsAre("finest", "fine", "medium", "coarse", "finest-refined", "fine-refined"));
+  for (const Model* model : {&TinyModel(), &LatentModel()}) {
+    const PrefixState state = RandomState(model->config(), 128, 20);
+    const Coded coded = CodeWith("klt", *model, state);
+    ASSERT_EQ(coded.bits.size(), 6U);
+    // A finer cut takes more bits, and as a refinement more than the coarser ones alone.
+    for (const auto& [more, less] : {std::pair(0, 1), {1, 2}, {2, 3}, {4, 5}, {5, 3}})
+      EXPECT_GT(coded.bits[static_cast<size_t>(more)], coded.bits[static_cast<size_t>(less)]);
+    const auto error = [&](size_t wire) {
+      double sum = 0;
+      for (int layer = 0; layer < state.layers(); ++layer) {
+        for (size_t i = 0; i < 128 * state.value_width(); ++i)
+          sum += std::pow(
+              static_cast<double>(state.values(layer)[i] - coded.decoded[wire].values(layer)[i]),
+              2);
+      }
+      return sum;
+    };
+    EXPECT_LT(error(0), error(1));
+    EXPECT_LT(error(4), error(5));
+    EXPECT_LT(error(5), error(3));
+  }
+}
+
+TEST(KltStateCoder, RefusesAnotherModelsPack) {
+  EXPECT_TRUE(kernels::LoadBlas().ok());
+  Random random(62);
+  const auto pack = std::make_shared<const KltPack>(support::RandomKltPack(LatentModel(), &random));
+  const auto coder = MakeKltStateCoder(&TinyModel(), pack);
+  EXPECT_EQ(coder.status().code(), StatusCode::kInvalidArgument);
+  EXPECT_THAT(coder.status().message(), HasSubstr("kvant calibrate"));
 }
 
 TEST(StateCoders, ThatCodeBlockByBlockGiveTheSameOfEachBlock) {
