@@ -34,7 +34,10 @@ Result<StoredFormPtr> MakeForm(const NodeOptions& options, const Model& model,
   const AttendedPayload attended(codec, model.config());
   if (options.store != "klt") return MakeStoredForm(options.store, attended);
   std::filesystem::path file = options.pack;
-  if (file.empty()) file = std::filesystem::path(options.model) / kDefaultPack;
+  if (file.empty()) {
+    const std::filesystem::path at = options.model;
+    file = (std::filesystem::is_regular_file(at) ? at.parent_path() : at) / kDefaultPack;
+  }
   if (options.pack.empty() && !std::filesystem::is_regular_file(file)) {
     return InvalidArgument(
         "--store klt needs the model's codec pack, and there is no {}: name it with --pack, or "
