@@ -217,6 +217,24 @@ void SetAnalysis(const KltPack& pack, size_t group, KltBasis* basis) {
     }
     at += width;
   }
+  // Newton's step for an inverse, 2 A - (A S) A: what is off by 2^-9 is off by its square.
+  std::vector<float> columns(coefficients * all);  // synthesis, transposed
+  std::vector<float> rows(coefficients * all);     // analysis, transposed
+  for (size_t c = 0; c < coefficients; ++c) {
+    for (size_t i = 0; i < all; ++i) {
+      columns[c * all + i] = synthesis[i * coefficients + c];
+      rows[i * coefficients + c] = analysis[c * all + i];
+    }
+  }
+  std::vector<float> off(coefficients * coefficients);
+  kernels::Multiply(analysis.data(), basis->coefficients, basis->width, columns.data(),
+                    basis->coefficients, false, off.data());
+  for (size_t c = 0; c < coefficients; ++c) {
+    for (size_t i = 0; i < coefficients; ++i)
+      off[c * coefficients + i] = (c == i ? 1.0F : 0.0F) - off[c * coefficients + i];
+  }
+  kernels::Multiply(off.data(), basis->coefficients, basis->coefficients, rows.data(), basis->width,
+                    true, analysis.data());
   basis->analysis = kernels::OrderedWeights(analysis.data(), basis->coefficients, basis->width);
 }
 

@@ -82,7 +82,8 @@ struct KltPack {
 // another model's.
 Result<KltPack> LoadKltPack(const std::filesystem::path& file, const Model& model);
 // Sets the analysis of a group: synthesis is weight^-1/2 times a rotation, so its transpose times
-// the weight undoes it but for the rounding to bf16, about 2^-9 of what is coded.
+// the weight undoes it but for the rounding to bf16, which is taken out by one step of Newton's
+// method.
 void SetAnalysis(const KltPack& pack, size_t group, KltBasis* basis);
 // Writes it, and reads it back into `pack`: matrices are rounded in the file. Errors: as above, or
 // the file cannot be written.
