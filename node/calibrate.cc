@@ -43,7 +43,7 @@ constexpr double kProbeNoise = 0.01;  // of the state's square
 constexpr size_t kMinWindows = 8;
 // Steps that are measured, in that which a pack is fitted at.
 constexpr float kTried[] = {0.125F, 0.25F, 0.5F, 1.0F, 2.0F, 4.0F, 8.0F};
-constexpr float kSinkStep = 0.25F;   // of sinks, in that step
+constexpr float kSinkStep = 2.0F;    // of sinks, in that step
 constexpr float kSourceStep = 2.0F;  // at which sources are coded for the fit of what they predict
 constexpr float kLeast = 1.0F / 64;  // deviation of a coefficient that is kept
 // Names of cuts, and the mean KL that each aims at.
