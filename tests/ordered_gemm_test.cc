@@ -117,6 +117,37 @@ TEST(OrderedGemmTest, WeightsAreHalvedWhereNoBitIsLost) {
   }
 }
 
+TEST(OrderedGemmTest, TheLastInputsMayBeLeftOut) {
+  Random random(46);
+  constexpr int kInputs = 1100;
+  for (const int inputs : {1, 15, 16, 17, 512, 513, 1099, kInputs}) {
+    for (const bool bf16 : {false, true}) {
+      const OrderedCase whole = MakeOrderedCase(15, kInputs, 70, bf16, 0, &random);
+      const OrderedWeights weights(whole.weights.data(), whole.outputs, kInputs);
+      OrderedCase part = whole;
+      part.inputs = inputs;
+      part.x.resize(static_cast<size_t>(part.rows * inputs));
+      part.weights.clear();
+      for (int n = 0; n < whole.outputs; ++n) {
+        const auto row = whole.weights.begin() + static_cast<ptrdiff_t>(n) * kInputs;
+        part.weights.insert(part.weights.end(), row, row + inputs);
+      }
+      // A copy of its own, so that a sanitizer sees the first number read past the end.
+      const std::vector<float> x(part.x.begin(), part.x.end());
+      const std::vector<float> expected = DefinedProduct(part, OrderedStart::kHeld);
+      for (const Implementation* implementation : All()) {
+        std::vector<float> out = part.held;
+        implementation->ordered_multiply({weights, x.data(), part.rows, inputs, out.data(),
+                                          static_cast<size_t>(part.outputs), out.data()});
+        EXPECT_TRUE(SameBits(out, expected)) << implementation->name << ": " << inputs;
+      }
+      std::vector<float> out = part.held;
+      OrderedMultiplyAdd(weights, x.data(), part.rows, inputs, out.data());
+      EXPECT_TRUE(SameBits(out, expected));
+    }
+  }
+}
+
 TEST(OrderedGemmTest, TheActiveOneIsUsedOnAnyThread) {
   Random random(45);
   const OrderedCase made = MakeOrderedCase(20, 530, 90, true, 0, &random);
