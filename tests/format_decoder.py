@@ -221,14 +221,13 @@ def decode_rans(tables, table_of_symbol, count, data):
     states = list(struct.unpack(f"<{LANES}I", reader.take(4 * LANES)))
     if min(states) < LOWEST:
         raise Malformed("a state")
-    slots = []
-    for table in tables:
-        slots.append([(s, f, k) for s, f in enumerate(table) for k in range(f)])
+    slots = [bytes(s for s, f in enumerate(table) for _ in range(f)) for table in tables]
     out = bytearray()
     for i in range(count):
         x = states[i % LANES]
-        symbol, f, k = slots[table_of_symbol[i]][x % TOTAL]
-        x = f * (x // TOTAL) + k
+        table, of_slot = tables[table_of_symbol[i]], slots[table_of_symbol[i]]
+        symbol = of_slot[x % TOTAL]
+        x = table[symbol] * (x // TOTAL) + x % TOTAL - of_slot.index(symbol)
         if x < LOWEST:
             x = x * 65536 + struct.unpack("<H", reader.take(2))[0]
         states[i % LANES] = x

@@ -39,6 +39,11 @@ target_link_libraries(kvant_test_nodes PUBLIC kvant_test_models GTest::gtest)
 kvant_test(scheduler_test LIBS kvant_test_nodes LABELS unit property TIMEOUT 1200)
 kvant_test(calibrate_test LIBS kvant_test_nodes LABELS unit TIMEOUT 600)
 kvant_test(klt_test LIBS kvant_test_models LABELS unit fuzz)
+kvant_test(klt_golden_test LIBS kvant_test_models LABELS golden)
+# The same bits from sums that are taken one by one.
+add_test(NAME klt_golden_scalar_test COMMAND klt_golden_test)
+set_tests_properties(klt_golden_scalar_test PROPERTIES
+  ENVIRONMENT KVANT_ISA=scalar TIMEOUT 60 LABELS golden)
 kvant_test(klt_levels_test LIBS kvant_node LABELS unit)
 kvant_test(klt_pack_test LIBS kvant_test_models LABELS unit)
 kvant_test(requests_test LIBS kvant_test_nodes LABELS unit fuzz)
@@ -48,3 +53,14 @@ kvant_test(report_test LIBS kvant_test_nodes LABELS unit)
 kvant_test(stored_form_test LIBS kvant_test_nodes LABELS unit fuzz)
 kvant_test(block_supply_test LIBS kvant_test_nodes LABELS unit)
 kvant_test(prefill_role_test LIBS kvant_test_nodes LABELS unit fuzz)
+
+# Writes tests/golden/klt; run by hand when the format changes on purpose.
+add_executable(make_klt_golden make_klt_golden.cc)
+target_link_libraries(make_klt_golden PRIVATE kvant_test_models)
+# The second decoder, as in kernels.cmake.
+if(Python3_FOUND)
+  add_test(NAME klt_decoder_test
+    COMMAND ${Python3_EXECUTABLE} ${CMAKE_CURRENT_SOURCE_DIR}/klt_decoder.py
+            ${CMAKE_CURRENT_SOURCE_DIR}/golden/klt)
+  set_tests_properties(klt_decoder_test PROPERTIES TIMEOUT 60 LABELS golden)
+endif()

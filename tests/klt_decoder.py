@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""A second decoder of klt blocks.
+
+  klt_decoder.py tests/golden/klt      decodes every golden file: levels must be the same, rows nearly
+
+Python's standard library only. Numbers are doubles here; levels and what they stand for are rounded as fp32 is, and sums are
+not, so that rows differ from fp32's in the last bits.
+"""
+
+import hashlib
+import json
+import math
+import pathlib
+import struct
+import sys
+
+from format_decoder import Malformed, Reader, bf16, decode_rans, fp32, normalised
+
+TOKENS, SINKS, SOURCE_COEFFICIENTS, GROUP_WIDTH = 64, 4, 384, 3072
+LOWEST, HIGHEST, MOST_LOW_BITS = -3, 3, 20     # octaves that have tables of their own
+RATIOS = 4 * (HIGHEST - LOWEST)
+FIRST_TABLES = RATIOS + 4
+TABLES, SYMBOLS, MEANS = FIRST_TABLES + 4 * RATIOS, 64, 8
+ESCAPE, ESCAPE_BITS, LARGEST = SYMBOLS - 1, 22, 1 << 20
+PARTS = [float.fromhex(x) for x in ("0x1.172b84p-1", "0x1.4bfdaep-1", "0x1.8ace54p-1", "0x1.d5818ep-1")]
+NOWHERE = (-1, 0)
+
+
+class Pack:
+    """A codec pack as its file has it. slides: of each layer."""
+
+    def __init__(self, path, slides):
+        data = path.read_bytes()
+        size, = struct.unpack_from("<Q", data)
+        self.header = json.loads(data[8:8 + size])
+        self.data = data[8 + size:]
+        metadata = self.header["__metadata__"]
+        assert metadata["format"] == "kvant-klt-2"
+        self.cuts = [fp32(step) for _, step, _ in json.loads(metadata["cuts"])]
+        self.sink_step, = self.tensor("sink_step")
+        mean, frequencies = self.tensor("mean"), self.tensor("frequencies")
+        self.mean = [mean[t * MEANS:(t + 1) * MEANS] for t in range(TABLES)]
+        self.tables = [normalised([int(f) for f in frequencies[t * SYMBOLS:(t + 1) * SYMBOLS]]) for t in range(TABLES)]
+        width = self.header["layers.0.weight"]["shape"][0]
+        self.groups = groups_of(slides, width)
+        for number, group in enumerate(self.groups):
+            for part in ("bias", "sink_bias", "predictor", "synthesis", "deviation", "first_deviation", "sink_deviation"):
+                group[part] = self.tensor(f"groups.{number}.{part}")
+
+    def tensor(self, name):
+        entry = self.header[name]
+        data = self.data[slice(*entry["data_offsets"])]
+        if entry["dtype"] == "F32":
+            return struct.unpack(f"<{len(data) // 4}f", data)
+        return [bf16(bits) for bits in struct.unpack(f"<{len(data) // 2}H", data)]
+
+
+def groups_of(slides, width):
+    """Layers that are coded together: those that see everything first, the others then, each kind in as few and as even parts
+    as GROUP_WIDTH allows. Each is predicted from the one before and from the last one that sees everything."""
+    most = max(1, GROUP_WIDTH // width)
+    groups, last_global = [], None
+    for sliding in (False, True):
+        layers = [layer for layer, slide in enumerate(slides) if slide == sliding]
+        count = -(-len(layers) // most)
+        for i in range(count):
+            sources = [len(groups) - 1] if groups else []
+            if last_global is not None and last_global not in sources:
+                sources.append(last_global)
+            part = layers[i * len(layers) // count:(i + 1) * len(layers) // count]
+            groups.append({"layers": part, "sources": sources})
+        if not sliding and count:
+            last_global = count - 1
+    return groups
+
+
+def quarters_of(deviation, step):
+    """floor(4 log2(deviation / step) + 1/2); None for what is never coded."""
+    ratio = fp32(deviation / step)
+    if not ratio > 0:
+        return None
+    mantissa, exponent = math.frexp(ratio)
+    return 4 * exponent - 4 + sum(mantissa >= part for part in PARTS)
+
+
+def first_place(deviation, step):
+    """(table or -1, low bits) of a coefficient in a block's first cut."""
+    quarters = quarters_of(deviation, step)
+    if quarters is None or quarters < 4 * LOWEST:
+        return NOWHERE
+    if quarters < 4 * HIGHEST:
+        return quarters - 4 * LOWEST, 0
+    above = min(quarters - 4 * HIGHEST, 4 * MOST_LOW_BITS - 1)
+    return RATIOS + above % 4, 1 + above // 4
+
+
+def refined_place(cut, significant, deviation, step):
+    quarters = quarters_of(deviation, step)
+    if quarters is None or quarters < 4 * LOWEST and not significant:
+        return NOWHERE
+    ratio = min(max(quarters - 4 * LOWEST, 0), RATIOS - 1)
+    return FIRST_TABLES + (2 * (cut - 1) + significant) * RATIOS + ratio, 0
+
+
+def read_levels(pack, places, extent):
+    """A level for each place, 0 where it has no table."""
+    reader = Reader(extent)
+    size, = struct.unpack("<I", reader.take(4))
+    coded = [table for table, _ in places if table >= 0]
+    symbols = iter(decode_rans(pack.tables, coded, len(coded), reader.take(size)))
+    rest = reader.rest()
+    bits, left, used = int.from_bytes(rest, "little"), 8 * len(rest), 0
+
+    def take(count):
+        nonlocal bits, left, used
+        if count > left:
+            raise Malformed("low bits")
+        value = bits & (1 << count) - 1
+        bits, left, used = bits >> count, left - count, used + count
+        return value
+
+    levels = []
+    for table, low_bits in places:
+        if table < 0:
+            levels.append(0)
+            continue
+        folded = next(symbols)
+        if folded == ESCAPE:
+            folded = take(ESCAPE_BITS)
+        folded = folded << low_bits | take(low_bits)
+        if folded > 2 * LARGEST:
+            raise Malformed("a level")
+        levels.append((folded + 1) // 2 if folded & 1 else -(folded // 2))
+    if -(-used // 8) != len(rest):
+        raise Malformed("bytes are left over")
+    return levels
+
+
+def read_group(pack, group, cuts, position, extents):
+    """What each cut of a group has: levels, and the coefficients of it and those before. cuts: of the pack's."""
+    count = len(group["deviation"])
+    sinks_end = (SINKS if position == 0 else 0) * count
+    values, signs = [0.0] * (TOKENS * count), [0] * (TOKENS * count)
+    found = []
+    for number, cut in enumerate(cuts):
+        step = pack.cuts[cut]
+        places = []
+        for i in range(TOKENS * count):
+            if i < sinks_end:
+                deviation = group["first_deviation" if i < count else "sink_deviation"][i % count]
+                places.append(NOWHERE if number else first_place(deviation, pack.sink_step))
+            elif number:
+                places.append(refined_place(number, signs[i] != 0, group["deviation"][i % count], step))
+            else:
+                places.append(first_place(group["deviation"][i % count], step))
+        levels = read_levels(pack, places, extents[number])
+        for i, (level, (table, low_bits)) in enumerate(zip(levels, places)):
+            if table < 0:
+                continue
+            folded = 2 * level - 1 if level > 0 else -2 * level
+            value = float(level) if low_bits else fp32(level + pack.mean[table][min(folded, MEANS - 1)])
+            value = fp32(value * (pack.sink_step if i < sinks_end else step))
+            values[i] = fp32(values[i] - value if signs[i] < 0 else values[i] + value)
+            signs[i] = signs[i] or (level > 0) - (level < 0)
+        found.append((levels, list(values)))
+    return found
+
+
+def times(matrix, width, x):
+    """matrix[outputs][width] times x[width]."""
+    return [sum(map(float.__mul__, matrix[at:at + width], x)) for at in range(0, len(matrix), width)]
+
+
+def decode(pack, cuts, position, embeddings, extents):
+    """For each number of cuts: levels by group, and rows [layer][token]. extents: [cut][group]."""
+    first = []      # coefficients of each group's first cut that predict others, [token]
+    out = [([], {}) for _ in cuts]
+    for number, group in enumerate(pack.groups):
+        count = len(group["deviation"])
+        used = min(count, SOURCE_COEFFICIENTS)
+        found = read_group(pack, group, cuts, position, [of_cut[number] for of_cut in extents])
+        first.append([found[0][1][t * count:t * count + used] for t in range(TOKENS)])
+        for t in range(TOKENS):
+            inputs = list(embeddings[t])
+            for source in group["sources"]:
+                inputs += first[source][t]
+            if position == 0 and t == 0:
+                predicted = group["sink_bias"]
+            else:
+                predicted = [p + b for p, b in zip(times(group["predictor"], len(inputs), inputs), group["bias"])]
+            for (levels, values), (_, rows) in zip(found, out):
+                row = [p + s for p, s in zip(predicted, times(group["synthesis"], count, values[t * count:(t + 1) * count]))]
+                width = len(row) // len(group["layers"])
+                for i, layer in enumerate(group["layers"]):
+                    rows.setdefault(layer, []).append(row[i * width:(i + 1) * width])
+        for (levels, _), (all_levels, _) in zip(found, out):
+            all_levels += levels
+    return out
+
+
+def verify(path):
+    """An error text, or None."""
+    reader = Reader(path.read_bytes())
+    if reader.take(8) != b"KVKLT001":
+        return "not a golden file"
+    good, cut_count, layers, _, width, hidden, position = struct.unpack("<4B2HI", reader.take(12))
+    slides, cuts = [bool(s) for s in reader.take(layers)], list(reader.take(cut_count))
+    reader.take(4 * TOKENS)
+    pack = Pack(path.with_name(path.name.split("-")[0] + ".pack"), slides)
+    embeddings = [struct.unpack(f"<{hidden}f", reader.take(4 * hidden)) for _ in range(TOKENS)]
+    count = cut_count * len(pack.groups)
+    sizes = struct.unpack(f"<{count}I", reader.take(4 * count))
+    taken = iter([reader.take(size) for size in sizes])
+    extents = [[next(taken) for _ in pack.groups] for _ in cuts]
+    try:
+        decoded = decode(pack, cuts, position, embeddings, extents)
+    except Malformed as error:
+        return f"refused: {error}" if good else None
+    if not good:
+        return "decoded, but must be refused"
+    reader.take(4 * layers * TOKENS * width)
+    for number, (levels, rows) in enumerate(decoded):
+        if hashlib.sha256(struct.pack(f"<{len(levels)}i", *levels)).digest() != reader.take(32):
+            return f"cut {number} has other levels"
+        expected = struct.unpack(f"<{layers * TOKENS * width}f", reader.take(4 * layers * TOKENS * width))
+        found = [value for layer in range(layers) for row in rows[layer] for value in row]
+        # The layers of a token share sums, where large numbers may cancel.
+        largest = [max(abs(e) for layer in range(layers) for e in expected[(layer * TOKENS + t) * width:][:width])
+                   for t in range(TOKENS)]
+        if any(abs(e - f) > 2 ** -18 * largest[i // width % TOKENS] for i, (e, f) in enumerate(zip(expected, found))):
+            return f"cut {number} decodes to other numbers"
+    return None if not reader.rest() else "bytes are left over"
+
+
+def main():
+    files = sorted(pathlib.Path(sys.argv[1]).glob("*.klt"))
+    failed = 0 if files else 1
+    for path in files:
+        error = verify(path)
+        if error:
+            print(f"{path.name}: {error}")
+            failed += 1
+    print(f"{len(files)} golden files, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
