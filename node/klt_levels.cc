@@ -159,7 +159,8 @@ float KltLevels::Value(int32_t level, KltPlace place) const {
 
 int32_t KltLevels::Round(float x, KltPlace place) const {
   constexpr auto kMost = static_cast<float>(kKltLargestLevel - 1);
-  const float clamped = std::clamp(x, -kMost, kMost);
+  // What is no number, of a state that overflowed, goes somewhere as well.
+  const float clamped = x > -kMost ? std::min(x, kMost) : -kMost;
   const auto below = static_cast<int32_t>(std::floor(clamped));
   if (bits_.empty() || place.low_bits > 0) return static_cast<int32_t>(std::floor(clamped + 0.5F));
   const auto cost = [&](int32_t level) {

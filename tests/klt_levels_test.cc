@@ -184,6 +184,7 @@ TEST_F(KltLevelsTest, LargeNumbersAreClamped) {
         EXPECT_NEAR(levels.Round(-x, place), -kKltLargestLevel, 1);
         EXPECT_LE(std::abs(levels.Round(x, place)), kKltLargestLevel);
       }
+      EXPECT_LE(std::abs(levels.Round(NAN, place)), kKltLargestLevel);
     }
   }
 }
