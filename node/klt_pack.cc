@@ -256,11 +256,14 @@ Result<size_t> KltPack::FindCut(std::string_view name) const {
 
 Result<KltPack> LoadKltPack(const std::filesystem::path& file, const Model& model) {
   KV_ASSIGN_OR_RETURN(const std::unique_ptr<MappedFile> mapped, MappedFile::Open(file));
-  const std::string name = file.string();
-  KV_ASSIGN_OR_RETURN(const TensorMap tensors, ParseSafetensors(mapped->bytes(), name));
-  const auto header_bytes = LoadLittle<uint64_t>(mapped->bytes().data());
-  KV_ASSIGN_OR_RETURN(const json header,
-                      ParseJson(AsText(mapped->bytes().subspan(8, header_bytes)), name));
+  return ParseKltPack(mapped->bytes(), file.string(), model);
+}
+
+Result<KltPack> ParseKltPack(std::span<const std::byte> file, const std::string& name,
+                             const Model& model) {
+  KV_ASSIGN_OR_RETURN(const TensorMap tensors, ParseSafetensors(file, name));
+  const auto header_bytes = LoadLittle<uint64_t>(file.data());
+  KV_ASSIGN_OR_RETURN(const json header, ParseJson(AsText(file.subspan(8, header_bytes)), name));
   const json* metadata = FindField(header, "__metadata__");
   const auto text_of = [&](const char* key) {
     const json* field =
@@ -277,8 +280,8 @@ Result<KltPack> LoadKltPack(const std::filesystem::path& file, const Model& mode
     return InvalidArgument("{}: {}", name, fits.message());
   pack.calibrated_on = text_of("calibrated_on");
   pack.weighed_by = text_of("weighed_by");
-  pack.file_bytes = mapped->bytes().size();
-  pack.digest = Sha256(mapped->bytes());
+  pack.file_bytes = file.size();
+  pack.digest = Sha256(file);
   pack.width = StateWidth(model.config());
   pack.hidden = model.config().hidden;
   pack.layers = model.config().layers;

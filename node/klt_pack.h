@@ -81,6 +81,9 @@ struct KltPack {
 // kInvalidArgument names the file, and what is missing or malformed, or says that the pack is
 // another model's.
 Result<KltPack> LoadKltPack(const std::filesystem::path& file, const Model& model);
+// The same from bytes, which are not needed afterwards. `name` is the file named in errors.
+Result<KltPack> ParseKltPack(std::span<const std::byte> file, const std::string& name,
+                             const Model& model);
 // Sets the analysis of a group: synthesis is weight^-1/2 times a rotation, so its transpose times
 // the weight undoes it but for the rounding to bf16, which is taken out by one step of Newton's
 // method.
