@@ -4,13 +4,18 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <limits>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
+#include "base/bytes.h"
 #include "base/random.h"
+#include "kernels/linear.h"
 #include "node/klt.h"
 #include "node/klt_pack.h"
 #include "node/model.h"
@@ -80,6 +85,30 @@ class CalibrateTest : public testing::Test {
     options.threads = 1;
     return options;
   }
+  // A file as scripts/calibrate-fisher writes them: `weight` [width][width] for each layer.
+  std::string Weights(int layers, int width, const std::vector<float>& weight,
+                      const char* format = "kvant-klt-weights-1") {
+    nlohmann::json header = {{"__metadata__", {{"format", format}, {"made_on", "paper"}}}};
+    std::string data;
+    for (int l = 0; l < layers; ++l) {
+      const size_t begin = data.size();
+      for (const float x : weight) {
+        std::byte bytes[4];
+        StoreLittle(bytes, std::bit_cast<uint32_t>(x));
+        data.append(reinterpret_cast<const char*>(bytes), sizeof bytes);
+      }
+      header["layers." + std::to_string(l) + ".weight"] = {
+          {"dtype", "F32"}, {"shape", {width, width}}, {"data_offsets", {begin, data.size()}}};
+    }
+    std::string text = header.dump();
+    text.resize((text.size() + 7) / 8 * 8, ' ');
+    std::byte size[8];
+    StoreLittle(size, static_cast<uint64_t>(text.size()));
+    const std::string file = directory_.path() / "weights.safetensors";
+    std::ofstream out(file, std::ios::binary);
+    out << std::string(reinterpret_cast<const char*>(size), sizeof size) << text << data;
+    return file;
+  }
   support::TemporaryDirectory directory_;
 };
 
@@ -108,6 +137,69 @@ TEST_F(CalibrateTest, MakesAPackOfEveryKindOfModel) {
       EXPECT_LT(pack->cuts[pack->refining[i]].step, pack->cuts[pack->refining[i - 1]].step);
     }
     ExpectAllCutsCode(**model, *pack);
+  }
+}
+
+// Where a file says that one channel matters most, that one is kept best.
+TEST_F(CalibrateTest, TakesWeightsOfAFile) {
+  const auto model = Model::Load(support::TinyModel());
+  ASSERT_TRUE(model.ok());
+  const int width = StateWidth((*model)->config());
+  const auto size = static_cast<size_t>(width);
+  const size_t heavy = size - 2;
+  std::vector<float> weight(size * size);
+  for (size_t i = 0; i < size; ++i) weight[i * size + i] = i == heavy ? 1.0F : 1e-4F;
+  CalibrateOptions options = Options(support::TinyModel());
+  options.weights = Weights((*model)->config().layers, width, weight);
+  const Result<int> made = Calibrate(options);
+  ASSERT_TRUE(made.ok()) << made.status().ToString();
+  const auto pack = LoadKltPack(options.out, **model);
+  ASSERT_TRUE(pack.ok()) << pack.status().ToString();
+  EXPECT_THAT(pack->weighed_by, HasSubstr("weights.safetensors, made on paper"));
+  for (const KltBasis& basis : pack->bases) {
+    const std::vector<float> synthesis = basis.synthesis.RowMajor();
+    const auto coefficients = static_cast<size_t>(basis.coefficients);
+    // What a step of every coefficient does to a channel.
+    std::vector<double> reach;
+    for (size_t c = 0; c < static_cast<size_t>(basis.width); ++c) {
+      reach.push_back(0);
+      for (size_t i = 0; i < coefficients; ++i)
+        reach[c] += std::pow(static_cast<double>(synthesis[c * coefficients + i]), 2);
+    }
+    for (size_t c = 0; c < reach.size(); ++c) {
+      if (c % size == heavy) continue;
+      EXPECT_LT(reach[c / size * size + heavy], 0.1 * reach[c]) << c;
+    }
+  }
+}
+
+TEST_F(CalibrateTest, RefusesWrongWeights) {
+  const auto model = Model::Load(support::TinyModel());
+  ASSERT_TRUE(model.ok());
+  const int layers = (*model)->config().layers;
+  const int width = StateWidth((*model)->config());
+  const auto size = static_cast<size_t>(width);
+  std::vector<float> weight(size * size);
+  for (size_t i = 0; i < size; ++i) weight[i * size + i] = 1;
+  CalibrateOptions options = Options(support::TinyModel());
+  const auto message = [&](std::string file) {
+    options.weights = std::move(file);
+    return Calibrate(options).status().message();
+  };
+  EXPECT_THAT(message(directory_.path() / "none"), HasSubstr("none"));
+  EXPECT_THAT(message(Text("a.txt", 100)), HasSubstr("a.txt"));
+  EXPECT_THAT(message(Weights(layers, width, weight, "kvant-klt-1")),
+              HasSubstr("scripts/calibrate-fisher makes them"));
+  EXPECT_THAT(message(Weights(layers + 1, width, weight)), HasSubstr("the model has"));
+  EXPECT_THAT(message(Weights(layers, 2, {1, 0, 0, 1})), HasSubstr("layers.0.weight of shape ["));
+  const auto changed = [&](size_t at, float to) {
+    std::vector<float> wrong = weight;
+    wrong[at] = to;
+    return message(Weights(layers, width, wrong));
+  };
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (const auto& [at, to] : {std::pair<size_t, float>{0, -1}, {0, nan}, {1, nan}, {1, 0.5F}}) {
+    EXPECT_THAT(changed(at, to), HasSubstr("no second moment"));
   }
 }
 
