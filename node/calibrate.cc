@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 #include <iterator>
 #include <string_view>
 #include <thread>
@@ -280,7 +281,8 @@ Status Calibrator::ReadWeights() {
   KV_ASSIGN_OR_RETURN(KltWeights read, LoadKltWeights(options_.weights, config_.layers, width_));
   weights_ = std::move(read.layers);
   AddFloors();
-  pack_.weighed_by = fmt::format("{}, made on {}", options_.weights, read.made_on);
+  pack_.weighed_by = fmt::format(
+      "{}, made on {}", std::filesystem::path(options_.weights).filename().string(), read.made_on);
   return OkStatus();
 }
 
@@ -467,7 +469,10 @@ Result<KltPack> Calibrator::Run() {
   KV_RETURN_IF_ERROR(Collect());
   Say("collected");
   if (options_.weights.empty()) KV_RETURN_IF_ERROR(ScaleWeights());
-  pack_.calibrated_on = fmt::format("{} tokens of {}", tokens(), fmt::join(options_.texts, ", "));
+  std::vector<std::string> names;
+  for (const std::string& file : options_.texts)
+    names.push_back(std::filesystem::path(file).filename().string());
+  pack_.calibrated_on = fmt::format("{} tokens of {}", tokens(), fmt::join(names, ", "));
   for (const Matrix& weight : weights_) {
     std::vector<float>& rounded = pack_.weights.emplace_back();
     for (const double value : weight.values)
