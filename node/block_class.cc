@@ -22,6 +22,12 @@ int CutsForBits(const kernels::Codec& codec, int available, int bits) {
   return available;
 }
 
+// Whether what is attended is the state itself, rounded to the numbers of a model's own file.
+bool IsRaw(kernels::CodecId id) {
+  return id == kernels::CodecId::kRawBf16 || id == kernels::CodecId::kRawFp16 ||
+         id == kernels::CodecId::kRawFp32;
+}
+
 }  // namespace
 
 Result<Wire> ParseWire(std::string_view name) {
@@ -94,6 +100,28 @@ BlockClass::BlockClass(const Model* model, const kernels::Codec* codec,
       longest_rows_[i].max_bytes = std::max(longest_rows_[i].max_bytes, read->rows()[i].max_bytes);
     }
   }
+  if (form->lossy()) {
+    for (size_t cut = form->cut_names().size(); cut-- > 0;) {
+      const int cuts = static_cast<int>(cut) + 1;
+      choices_.push_back({form->cut_names()[cut], {cuts, cuts}, form->cut_errors()[cut]});
+    }
+  } else {
+    for (const Wire wire : {Wire::kFull, Wire::kK8V4, Wire::kK4V4}) {
+      const Cuts cuts = CutsOf(wire);
+      if (!choices_.empty() && choices_.back().cuts == cuts) continue;
+      const bool exact = IsRaw(codec->id) && cuts == FullCuts();
+      choices_.push_back(
+          {std::string(WireName(wire)), cuts, exact ? std::optional(0.0F) : std::nullopt});
+    }
+  }
+  KV_CHECK(!choices_.empty() && choices_.size() <= kMaxCuts);
+}
+
+size_t BlockClass::ChoiceOf(const Cuts& cuts) const {
+  const auto found = std::find_if(choices_.begin(), choices_.end(),
+                                  [&](const ReadChoice& choice) { return choice.cuts == cuts; });
+  KV_CHECK(found != choices_.end());
+  return static_cast<size_t>(found - choices_.begin());
 }
 
 Cuts BlockClass::CutsOf(Wire wire) const {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -26,6 +27,15 @@ enum class Wire : uint8_t { kFull, kK8V4, kK4V4, kAuto, kCut1, kCut2, kCut3, kCu
 // kInvalidArgument lists the names: full, k8v4, k4v4, auto.
 Result<Wire> ParseWire(std::string_view name);
 std::string_view WireName(Wire wire);
+
+// One of the ways to read a class's blocks.
+struct ReadChoice {
+  std::string name;  // of the wire, or of the form's cut
+  Cuts cuts;
+  // Mean KL (nats a token) that reading so was measured to cost, against raw; 0 of raw itself.
+  // Nothing: nobody says.
+  std::optional<float> error;
+};
 
 // Which tenants share blocks: a tenant's domain is its own name unless it was put into another.
 class Domains {
@@ -90,12 +100,26 @@ class BlockClass {
   Cuts FullCuts() const { return form().full_cuts(); }
   // REQUIRES: wire != kAuto.
   Cuts CutsOf(Wire wire) const;
+  // What `auto` chooses among: each of the cuts that wires name once, all of them first, then ever
+  // fewer. 1..kMaxCuts of them.
+  std::span<const ReadChoice> choices() const { return choices_; }
+  // Index of the choice that reads these cuts. REQUIRES: CutsOf gave them.
+  size_t ChoiceOf(const Cuts& cuts) const;
+  // How many cuts are decoded of what is read, less one. Forms that are not lossy decode all they
+  // read alike: 0.
+  size_t DecodeDepth(const Cuts& cuts) const {
+    return form().lossy() ? static_cast<size_t>(cuts.values) - 1 : 0;
+  }
   // What is read of block `block` of a sequence where `read` is read of the others. The first one
   // is read in full: in it are the attention sinks, tokens that all others attend strongly (Xiao et
   // al. 2024, "Efficient streaming language models with attention sinks", section 3.1;
   // docs/adr/0018). Lossy forms code those tokens finely at every cut.
   Cuts ReadCuts(size_t block, const Cuts& read) const {
     return block == 0 && !form().lossy() ? FullCuts() : read;
+  }
+  // What decoding so many layers of a block amounts to, in tokens of which all layers are decoded.
+  double TokensOfLayers(size_t layers) const {
+    return static_cast<double>(layers) * layout().shape().keys.tokens / layout().layers();
   }
   // Bytes of one token's state in bf16, all layers: what is moved where nothing is compressed.
   uint64_t Bf16BytesPerToken() const;
@@ -117,6 +141,7 @@ class BlockClass {
   AttendedPayload attended_;
   std::vector<StoredFormPtr> forms_;     // that are read; the first is written
   std::vector<StoredRow> longest_rows_;  // of all of them
+  std::vector<ReadChoice> choices_;
   std::vector<std::byte> cluster_secret_;
 };
 

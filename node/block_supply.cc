@@ -90,7 +90,8 @@ SupplyJobPtr BlockSupply::Start(SupplyNeed need) {
   job->place.assign(need.blocks, Place::kUnknown);
   job->patience.assign(need.blocks, 0);
   job->scope.assign(need.blocks, Scope::kGlobal);
-  job->read_cuts = need.wire == Wire::kAuto ? block_class_->CutsOf(Wire::kK4V4)
+  const std::span<const ReadChoice> choices = block_class_->choices();
+  job->read_cuts = need.wire == Wire::kAuto ? choices[planner_->Coarsest(choices)].cuts
                                             : block_class_->CutsOf(need.wire);
   job->need = std::move(need);
   FindNeeds(job.get());
@@ -122,9 +123,16 @@ bool BlockSupply::TakeIfHere(SupplyJob* job, size_t block) {
   return true;
 }
 
+bool BlockSupply::Serves(const SupplyJob& job, const Portion& held, const Portion& need) const {
+  if (block_class_->Serves(held, need)) return true;
+  const bool any_will_do = job.need.wire == Wire::kAuto && held.Covers(need);
+  return any_will_do &&
+         planner_->MayRead(block_class_->choices()[block_class_->ChoiceOf(held.cuts)]);
+}
+
 CachedBlockPtr BlockSupply::Serving(const SupplyJob& job, size_t block, const CachedBlockPtr& held,
                                     const Portion& need) const {
-  if (held == nullptr || block_class_->Serves(held->portion, need)) return held;
+  if (held == nullptr || Serves(job, held->portion, need)) return held;
   if (!held->portion.Covers(need) || !held->complete()) return nullptr;
   return ReadLess(*block_class_, *held, need, TokensOf(job, block),
                   static_cast<int>(block) * kBlockTokens);
@@ -177,28 +185,35 @@ void BlockSupply::PlanSources(const SupplyJobPtr& job) {
   FindNeeds(job.get());
   if (ask) AskPeer(job, missing);
 
+  std::vector<size_t> to_come = in_tier;
+  if (ask) to_come.insert(to_come.end(), missing.begin(), missing.end());
+  if (job->need.wire == Wire::kAuto && !to_come.empty()) ChooseRead(job.get(), to_come);
   if (in_tier.empty()) return;
-  if (job->need.wire == Wire::kAuto) {
-    job->read_cuts = planner_->ChooseCuts(*block_class_, Wire::kAuto, [&](const Cuts& cuts) {
-      return FetchBytes(*job, in_tier, cuts);
-    });
-  }
+  job->tier_found = in_tier.size();
   PlanQuestion question;
+  question.fetch = WorkOf(*job, in_tier, job->read_cuts);
+  question.choice = block_class_->ChoiceOf(job->read_cuts);
   question.compute_tokens = in_tier.size() * kBlockTokens;
-  question.fetch_bytes = FetchBytes(*job, in_tier, job->read_cuts);
-  question.also_fetch_bytes = AlsoFetchBytes(*job, in_tier);
+  question.also_fetch = AlsoFetch(*job, in_tier);
   job->plan = planner_->Decide(question);
   job->plan_started = clock_->Now();
   job->plan_open = true;
   spdlog::info(
-      "plan: {} {} blocks; forecast {:.2f} ms to fetch {} bytes, {:.2f} ms to compute {}"
+      "plan: {} {} blocks; forecast {:.2f} ms to fetch {} bytes (cut {}), {:.2f} ms to compute {}"
       " tokens",
       job->plan.fetch ? "fetch" : "compute", in_tier.size(), Milliseconds(job->plan.fetch_forecast),
-      question.fetch_bytes, Milliseconds(job->plan.compute_forecast), question.compute_tokens);
+      question.fetch.bytes, block_class_->choices()[question.choice].name,
+      Milliseconds(job->plan.compute_forecast), question.compute_tokens);
   for (const size_t i : in_tier) {
     job->place[i] = job->plan.fetch ? Place::kTier : Place::kCompute;
   }
-  if (!job->plan.fetch) return;
+  if (!job->plan.fetch) {
+    // What is computed has all cuts, and is read so unless something here would have to follow.
+    const Cuts full = block_class_->FullCuts();
+    FindNeeds(job.get());
+    if (job->need.wire == Wire::kAuto && WorkOf(*job, {}, full).bytes == 0) job->read_cuts = full;
+    return;
+  }
   job->tier_hits = in_tier.size();
   stats_.tier_hit_blocks += in_tier.size();
 }
@@ -262,7 +277,7 @@ void BlockSupply::RaiseNeeds(SupplyJob* job) {
   for (size_t i = 0; i < job->blocks.size(); ++i) {
     if (job->place[i] != Place::kHere) continue;
     const Portion need = NeedOf(*job, i);
-    if (block_class_->Serves(job->blocks[i]->portion, need)) continue;
+    if (Serves(*job, job->blocks[i]->portion, need)) continue;
     if (CachedBlockPtr less = Serving(*job, i, job->blocks[i], need)) {
       job->blocks[i] = std::move(less);
       continue;
@@ -292,30 +307,53 @@ uint64_t BlockSupply::StoredBytes(const BlockManifest* known, const CutEnds& end
   return bytes;
 }
 
-uint64_t BlockSupply::FetchBytes(const SupplyJob& job, std::span<const size_t> blocks,
-                                 const Cuts& read) const {
-  uint64_t bytes = 0;
-  for (const size_t i : blocks) {
-    const CachedBlockPtr held = HeldOf(job, i);
-    bytes +=
-        StoredBytes(held != nullptr ? held->manifest.get() : nullptr, EndsOf(job, i),
-                    held != nullptr ? &held->portion : nullptr, job.NeedOf(i, *block_class_, read));
-  }
-  return bytes;
+void BlockSupply::AddWork(const SupplyJob& job, size_t block, const CachedBlock* held,
+                          const Portion& need, FetchWork* work) const {
+  if (held != nullptr && held->portion.Covers(need)) return;
+  CutEnds ends = EndsOf(job, block);
+  // Blocks of one class are about as long.
+  if (ends.back() == 0) ends = last_ends_;
+  work->bytes += StoredBytes(held != nullptr ? held->manifest.get() : nullptr, ends,
+                             held != nullptr ? &held->portion : nullptr, need);
+  const bool all = need.scope == Scope::kAll;
+  const std::vector<bool>& global = block_class_->form().global_layers();
+  work->pieces +=
+      all ? global.size() : static_cast<size_t>(std::count(global.begin(), global.end(), true));
+  work->decode_tokens[block_class_->DecodeDepth(need.cuts)] += block_class_->TokensOfLayers(
+      static_cast<size_t>(block_class_->layout(need.scope).held_layers()));
 }
 
-uint64_t BlockSupply::AlsoFetchBytes(const SupplyJob& job, std::span<const size_t> computed) const {
-  uint64_t bytes = 0;
+FetchWork BlockSupply::WorkOf(const SupplyJob& job, std::span<const size_t> blocks,
+                              const Cuts& read) const {
+  FetchWork work;
+  for (const size_t i : blocks) {
+    AddWork(job, i, HeldOf(job, i).get(), job.NeedOf(i, *block_class_, read), &work);
+  }
+  for (size_t i = 0; i < job.place.size(); ++i) {
+    if (job.place[i] != Place::kHere) continue;
+    AddWork(job, i, job.blocks[i].get(), job.NeedOf(i, *block_class_, read), &work);
+  }
+  return work;
+}
+
+FetchWork BlockSupply::AlsoFetch(const SupplyJob& job, std::span<const size_t> computed) const {
+  FetchWork work;
   size_t next = computed.size();
   for (size_t i = computed.back(); i-- > 0;) {
     while (next > 0 && computed[next - 1] > i) --next;
     if (job.place[i] != Place::kHere) continue;
     const Portion need(block_class_->FullCuts(),
                        block_class_->ScopeAttended(i, computed[next] * kBlockTokens));
-    const CachedBlock& here = *job.blocks[i];
-    bytes += StoredBytes(here.manifest.get(), EndsOf(job, i), &here.portion, need);
+    AddWork(job, i, job.blocks[i].get(), need, &work);
   }
-  return bytes;
+  return work;
+}
+
+void BlockSupply::ChooseRead(SupplyJob* job, std::span<const size_t> blocks) const {
+  const std::span<const ReadChoice> choices = block_class_->choices();
+  std::vector<FetchWork> work;
+  for (const ReadChoice& choice : choices) work.push_back(WorkOf(*job, blocks, choice.cuts));
+  job->read_cuts = choices[planner_->Choose(choices, work)].cuts;
 }
 
 void BlockSupply::StartFetches(const SupplyJobPtr& job) {
@@ -371,12 +409,17 @@ bool BlockSupply::StartFetch(const SupplyJobPtr& job, std::span<const size_t> in
   const bool started =
       tier_->Fetch(blocks, [weak = std::weak_ptr(job), counted = std::move(counted), this] {
         for (const auto& [block, ends] : counted) {
-          if (block->complete()) CountSliding(*block, ends);
+          if (!block->complete()) continue;
+          CountSliding(*block, ends);
+          last_ends_ = block->manifest->EndsOfCuts();
         }
         const SupplyJobPtr waiting = weak.lock();
         if (waiting == nullptr) return;
         --waiting->fetches;
-        if (waiting->fetches == 0 && waiting->plan.fetch) ClosePlan(waiting.get());
+        // Others may be waiting for a buffer.
+        const bool more = std::find(waiting->place.begin(), waiting->place.end(), Place::kTier) !=
+                          waiting->place.end();
+        if (waiting->fetches == 0 && !more && waiting->plan.fetch) ClosePlan(waiting.get());
       });
   if (!started) return false;
   ++job->fetches;
@@ -405,7 +448,10 @@ void BlockSupply::CountSliding(const CachedBlock& block, const CutEnds& ends) {
 void BlockSupply::ClosePlan(SupplyJob* job) {
   if (!job->plan_open) return;
   job->plan_open = false;
-  planner_->SawOutcome(job->plan, clock_->Now() - job->plan_started);
+  const Duration took = clock_->Now() - job->plan_started;
+  spdlog::info("plan: {} took {:.2f} ms; forecast {:.2f} ms", job->plan.fetch ? "fetch" : "compute",
+               Milliseconds(took), Milliseconds(job->plan.forecast()));
+  planner_->SawOutcome(job->plan, took);
 }
 
 BlockSupply::Progress BlockSupply::Advance(const SupplyJobPtr& job) {
@@ -540,9 +586,11 @@ Status BlockSupply::ComputeNext(const SupplyJobPtr& job) {
     if (put != 0) tier_->CancelPut(put);
     return status;
   }
+  const TimePoint computed = clock_->Now();
   made.Finish(ToStore(*job, index), tier_ != nullptr);
   computing_ = clock_->Now() - started;
-  planner_->SawPrefill(kBlockTokens, computing_);
+  planner_->SawPrefill(kBlockTokens, computed - started);
+  planner_->SawEncode(kBlockTokens, started + computing_ - computed);
   const CachedBlockPtr& block = made.block();
   if (streams) {
     Seal(job, index, put, *block->manifest);

@@ -72,7 +72,8 @@ struct SupplyJob {
   TimePoint plan_started{};
   bool plan_open = false;
   size_t local_hits = 0;  // blocks
-  size_t tier_hits = 0;   // blocks that the tier had and that were to be fetched
+  size_t tier_found = 0;  // blocks that the tier had when it was asked
+  size_t tier_hits = 0;   // those of them that were to be fetched
   size_t recomputed = 0;  // blocks that were to be had elsewhere, but failed
   std::vector<LookupBlock> found;
 
@@ -122,6 +123,8 @@ class BlockSupply {
   Status ComputeNext(const SupplyJobPtr& job);
 
   const SupplyStats& stats() const { return stats_; }
+  // Somebody computed tokens behind whole blocks, waiting for none of those.
+  void SawPrefill(size_t tokens, Duration took) { planner_->SawPrefill(tokens, took); }
 
  private:
   void TakeLocal(SupplyJob* job);
@@ -139,6 +142,9 @@ class BlockSupply {
   void RaiseNeeds(SupplyJob* job);
   // The block to be built upon; nullptr if nothing of it is in memory.
   CachedBlockPtr HeldOf(const SupplyJob& job, size_t block) const;
+  // Whether a block in memory is attended by this job as it is. `auto` takes what is here, rather
+  // than decode it anew.
+  bool Serves(const SupplyJob& job, const Portion& held, const Portion& need) const;
   // What of a block in memory is attended by who needs `need`: the block itself, or less of it
   // (ReadLess). nullptr: it does not hold that, or not yet.
   CachedBlockPtr Serving(const SupplyJob& job, size_t block, const CachedBlockPtr& held,
@@ -148,10 +154,16 @@ class BlockSupply {
   uint64_t StoredBytes(const BlockManifest* known, const CutEnds& ends, const Portion* held,
                        const Portion& need) const;
   CutEnds EndsOf(const SupplyJob& job, size_t block) const;
-  // What a fetch of these blocks would move, were `read` enough for who only reads.
-  uint64_t FetchBytes(const SupplyJob& job, std::span<const size_t> blocks, const Cuts& read) const;
+  // Adds what taking a block from what is here of it (nullptr: nothing) to `need` would take.
+  void AddWork(const SupplyJob& job, size_t block, const CachedBlock* held, const Portion& need,
+               FetchWork* work) const;
+  // What a fetch of these blocks would take, were `read` enough for who only reads; with it that of
+  // blocks which are here and fall short of that.
+  FetchWork WorkOf(const SupplyJob& job, std::span<const size_t> blocks, const Cuts& read) const;
   // What computing these blocks would have to fetch of others first.
-  uint64_t AlsoFetchBytes(const SupplyJob& job, std::span<const size_t> computed) const;
+  FetchWork AlsoFetch(const SupplyJob& job, std::span<const size_t> computed) const;
+  // What `auto` reads where these blocks are to come from the tier.
+  void ChooseRead(SupplyJob* job, std::span<const size_t> blocks) const;
   void StartFetches(const SupplyJobPtr& job);
   // Starts one fetch. False: no buffer is free now.
   bool StartFetch(const SupplyJobPtr& job, std::span<const size_t> indices,
@@ -177,6 +189,7 @@ class BlockSupply {
   const Clock* clock_;
   SupplyStats stats_;
   Duration computing_ = Duration::max();  // of the last block
+  CutEnds last_ends_{};                   // of the last block whose ends were known; or 0
 };
 
 }  // namespace kvant::node

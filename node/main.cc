@@ -70,8 +70,15 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
   command
       ->add_option(
           "--wire", node->wire,
-          "What decode reads of it: full, k8v4, k4v4, auto (by the link's rate), or one of --cuts")
-      ->capture_default_str();
+          "What decode reads of it: full, k8v4, k4v4, auto (by the link's rate), or one of --cuts "
+          "(default full)")
+      ->type_name("TEXT");
+  command
+      ->add_option(
+          "--max-kl", node->max_kl,
+          "The most that reading may cost, nats a token: of the cuts that keep it each fetch reads "
+          "the one that gives the first token soonest")
+      ->check(CLI::NonNegativeNumber);
   command->add_option("--domain", node->domains,
                       "DOMAIN=tenant,tenant,...: tenants that share blocks (default: each alone)");
   command->add_option("--secret-file", node->secret_file,
@@ -94,7 +101,7 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
       ->capture_default_str();
   command
       ->add_option("--fetch-budget-ms", node->fetch_budget_ms,
-                   "--wire auto: reads the most that is fetched within this time")
+                   "--wire auto without --max-kl: reads the most that is fetched within this time")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
 }

@@ -1,7 +1,10 @@
 #include "node/planner.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
+#include <string>
 
 namespace kvant::node {
 namespace {
@@ -22,50 +25,126 @@ Duration FromSeconds(double seconds) {
 
 }  // namespace
 
-Duration Planner::FetchTime(uint64_t payload_bytes) const {
-  if (payload_bytes == 0) return Duration{};
-  return FromSeconds(rates_.round_trip_s +
-                     static_cast<double>(payload_bytes) / rates_.link_bytes_per_s);
+Status Planner::CheckBudget(std::span<const ReadChoice> choices) const {
+  if (!options_.max_kl.has_value() || MayRead(choices.front())) return OkStatus();
+  if (!choices.front().error.has_value()) {
+    return InvalidArgument(
+        "--max-kl {} needs to know what reading costs, and nothing declares it for this codec. "
+        "Store with a codec pack, which does (--store klt --pack FILE --cuts coarse,fine,finest), "
+        "or use --codec raw, which costs nothing",
+        *options_.max_kl);
+  }
+  std::string errors;
+  for (const ReadChoice& choice : choices) {
+    errors += fmt::format("{}{} {:.2g}", errors.empty() ? "" : ", ", choice.name,
+                          choice.error.value_or(0));
+  }
+  return InvalidArgument(
+      "--max-kl {} can't be kept: blocks are computed over all of their cuts, which cost {:.2g} "
+      "nats a token. Store finer cuts (--cuts), or allow more. The cuts and what they cost: {}",
+      *options_.max_kl, *choices.front().error, errors);
+}
+
+size_t Planner::Coarsest(std::span<const ReadChoice> choices) const {
+  size_t index = choices.size();
+  while (index-- > 0) {
+    if (MayRead(choices[index])) break;
+  }
+  KV_CHECK(index < choices.size());
+  return index;
+}
+
+size_t Planner::Choose(std::span<const ReadChoice> choices, std::span<const FetchWork> work) const {
+  const size_t coarsest = Coarsest(choices);
+  size_t best = coarsest;
+  for (size_t i = coarsest; i-- > 0;) {
+    if (!MayRead(choices[i])) continue;
+    const bool better = options_.max_kl.has_value() ? FetchTime(work[i]) <= FetchTime(work[best])
+                                                    : FetchTime(work[i]) <= options_.fetch_budget;
+    if (better) best = i;
+  }
+  return best;
+}
+
+double Planner::DecodeRate(size_t depth) const {
+  size_t nearest = depth;
+  for (size_t off = 0; off < kMaxCuts; ++off) {
+    // Of two as near, the deeper one: it is not faster.
+    if (depth + off < kMaxCuts && decodes_[depth + off] != 0) {
+      nearest = depth + off;
+      break;
+    }
+    if (depth >= off && decodes_[depth - off] != 0) {
+      nearest = depth - off;
+      break;
+    }
+  }
+  return rates_.decode_tokens_per_s[nearest];
+}
+
+Duration Planner::FetchTime(const FetchWork& work) const {
+  double decode = 0;
+  for (size_t depth = 0; depth < kMaxCuts; ++depth) {
+    if (work.decode_tokens[depth] > 0) decode += work.decode_tokens[depth] / DecodeRate(depth);
+  }
+  if (work.bytes == 0) return FromSeconds(decode);
+  const double transfer = static_cast<double>(work.bytes) / rates_.link_bytes_per_s;
+  const auto pieces = static_cast<double>(std::max<size_t>(work.pieces, 1));
+  return FromSeconds(rates_.round_trip_s + std::max(transfer, decode) +
+                     std::min(transfer, decode) / pieces);
 }
 
 Plan Planner::Decide(const PlanQuestion& question) {
   Plan plan;
-  plan.fetch_forecast = FetchTime(question.fetch_bytes);
+  plan.choice = question.choice;
+  plan.fetch_forecast = FetchTime(question.fetch);
+  const auto tokens = static_cast<double>(question.compute_tokens);
   plan.compute_forecast =
-      FetchTime(question.also_fetch_bytes) +
-      FromSeconds(static_cast<double>(question.compute_tokens) / rates_.prefill_tokens_per_s);
+      FetchTime(question.also_fetch) +
+      FromSeconds(tokens / rates_.prefill_tokens_per_s + tokens / rates_.encode_tokens_per_s);
   plan.fetch = plan.fetch_forecast <= plan.compute_forecast;
-  ++(plan.fetch ? stats_.fetch_plans : stats_.compute_plans);
+  if (plan.fetch) {
+    ++stats_.fetch_plans;
+    ++stats_.fetch_plans_at[plan.choice];
+  } else {
+    ++stats_.compute_plans;
+  }
   return plan;
 }
 
-Cuts Planner::ChooseCuts(const BlockClass& block_class, Wire wire,
-                         const FetchBytes& fetch_bytes) const {
-  if (wire != Wire::kAuto) return block_class.CutsOf(wire);
-  for (const Wire candidate : {Wire::kFull, Wire::kK8V4}) {
-    const Cuts cuts = block_class.CutsOf(candidate);
-    if (FetchTime(fetch_bytes(cuts)) <= fetch_budget_) return cuts;
-  }
-  return block_class.CutsOf(Wire::kK4V4);
-}
-
 void Planner::SawRoundTrip(Duration took) {
-  Average(Seconds(took), &observations_[1], &rates_.round_trip_s);
+  Average(Seconds(took), &round_trips_, &rates_.round_trip_s);
 }
 
-void Planner::SawFetch(uint64_t payload_bytes, Duration took) {
+double Planner::LinkRate(uint64_t payload_bytes, Duration took) const {
   // What is left above the round trip is the link; at least a tenth of the time, lest a round trip
   // that was overestimated makes the link look infinitely fast.
   const double seconds = std::max(Seconds(took) - rates_.round_trip_s, Seconds(took) * 0.1);
-  if (seconds <= 0) return;
-  Average(static_cast<double>(payload_bytes) / seconds, &observations_[0],
-          &rates_.link_bytes_per_s);
+  return seconds <= 0 ? 0 : static_cast<double>(payload_bytes) / seconds;
+}
+
+void Planner::SawFetch(uint64_t payload_bytes, Duration took) {
+  const double rate = LinkRate(payload_bytes, took);
+  if (rate > 0) Average(rate, &links_, &rates_.link_bytes_per_s);
+}
+
+void Planner::SawFetchWithin(uint64_t payload_bytes, Duration took) {
+  if (LinkRate(payload_bytes, took) > rates_.link_bytes_per_s) SawFetch(payload_bytes, took);
+}
+
+void Planner::SawDecode(size_t depth, double tokens, Duration took) {
+  if (took <= Duration{}) return;
+  Average(tokens / Seconds(took), &decodes_[depth], &rates_.decode_tokens_per_s[depth]);
 }
 
 void Planner::SawPrefill(size_t tokens, Duration took) {
   if (took <= Duration{}) return;
-  Average(static_cast<double>(tokens) / Seconds(took), &observations_[2],
-          &rates_.prefill_tokens_per_s);
+  Average(static_cast<double>(tokens) / Seconds(took), &prefills_, &rates_.prefill_tokens_per_s);
+}
+
+void Planner::SawEncode(size_t tokens, Duration took) {
+  if (took <= Duration{}) return;
+  Average(static_cast<double>(tokens) / Seconds(took), &encodes_, &rates_.encode_tokens_per_s);
 }
 
 void Planner::SawOutcome(const Plan& plan, Duration took) {

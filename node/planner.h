@@ -1,9 +1,12 @@
-// Fetch or compute: which of the two gives a prefix sooner, by what was measured so far.
+// Fetch or compute, and of what is fetched how much: what gives a prefix soonest, by what was
+// measured so far.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
+#include <optional>
+#include <span>
 
 #include "base/clock.h"
 #include "node/block_class.h"
@@ -11,22 +14,36 @@
 namespace kvant::node {
 
 // Exponentially weighted averages of what this node saw. Before the first observation the guesses
-// stand that the constructor's comments give.
+// stand that are written here.
 struct MeasuredRates {
   double link_bytes_per_s = 1e9;      // of fetches, payload bytes over the time they took
   double round_trip_s = 200e-6;       // of lookups
-  double prefill_tokens_per_s = 500;  // of blocks computed here
+  double prefill_tokens_per_s = 500;  // of blocks and tails computed here
+  double encode_tokens_per_s = 1e4;   // of blocks computed here, into what is stored
+  // [BlockClass::DecodeDepth] of blocks that were fetched. A depth that was never seen is taken to
+  // be as fast as the nearest one that was.
+  std::array<double, kMaxCuts> decode_tokens_per_s = {1e4, 1e4, 1e4, 1e4};
+};
+
+// What a fetch moves, and what is decoded of it.
+struct FetchWork {
+  uint64_t bytes = 0;  // as they are stored: what the reader wants and does not have
+  // [BlockClass::DecodeDepth]; a token of which only some layers are decoded is that part of one.
+  std::array<double, kMaxCuts> decode_tokens{};
+  size_t pieces = 0;  // each of them is decoded while others travel
 };
 
 struct PlanQuestion {
-  uint64_t fetch_bytes = 0;   // payload to be fetched: what the reader wants and does not have
-  size_t compute_tokens = 0;  // tokens to be computed instead
-  uint64_t also_fetch_bytes =
-      0;  // what computing would need on top: the rest of earlier blocks, at the full cut
+  FetchWork fetch;
+  size_t choice = 0;          // of BlockClass::choices, at which `fetch` reads
+  size_t compute_tokens = 0;  // to be computed instead
+  // What computing would need on top: the rest of earlier blocks, at the full cut.
+  FetchWork also_fetch;
 };
 
 struct Plan {
   bool fetch = true;
+  size_t choice = 0;
   Duration fetch_forecast{};
   Duration compute_forecast{};
   Duration forecast() const { return fetch ? fetch_forecast : compute_forecast; }
@@ -35,6 +52,7 @@ struct Plan {
 struct PlannerStats {
   uint64_t fetch_plans = 0;
   uint64_t compute_plans = 0;
+  std::array<uint64_t, kMaxCuts> fetch_plans_at{};  // [choice]
   uint64_t outcomes = 0;
   double forecast_error_sum = 0;  // of |forecast - outcome| / outcome
   double mean_forecast_error() const {
@@ -42,20 +60,42 @@ struct PlannerStats {
   }
 };
 
+struct PlannerOptions {
+  // Without max_kl: the finest choice is read whose fetch is forecast to end within this time.
+  Duration fetch_budget = std::chrono::milliseconds(50);
+  // The error budget: of the choices whose declared error is at most this, the one is read whose
+  // fetch is forecast to end first.
+  std::optional<double> max_kl;
+};
+
 // Single-owner.
 class Planner {
  public:
-  // --wire auto: the most extents whose fetch is forecast to end within this time.
-  explicit Planner(Duration fetch_budget) : fetch_budget_(fetch_budget) {}
+  explicit Planner(const PlannerOptions& options) : options_(options) {}
 
+  // Whether the budget allows it at all.
+  bool MayRead(const ReadChoice& choice) const {
+    return !options_.max_kl.has_value() ||
+           (choice.error.has_value() && *choice.error <= *options_.max_kl);
+  }
+  // kInvalidArgument: the budget allows none of them, or not the first, which is what is computed
+  // with. Says what each costs and what to do.
+  Status CheckBudget(std::span<const ReadChoice> choices) const;
+  // The coarsest choice that may be read. REQUIRES: CheckBudget; so do those below.
+  size_t Coarsest(std::span<const ReadChoice> choices) const;
+  // What `auto` reads: an index into choices. work: [choice] what fetching at it would take. Of
+  // equal ones the finer.
+  size_t Choose(std::span<const ReadChoice> choices, std::span<const FetchWork> work) const;
   Plan Decide(const PlanQuestion& question);
-  // The cuts that `wire` means. fetch_bytes: what a fetch at these cuts would move.
-  using FetchBytes = std::function<uint64_t(const Cuts& cuts)>;
-  Cuts ChooseCuts(const BlockClass& block_class, Wire wire, const FetchBytes& fetch_bytes) const;
 
   void SawRoundTrip(Duration took);
   void SawFetch(uint64_t payload_bytes, Duration took);
+  // As SawFetch where the bytes may have been there before: the link is at least so fast.
+  void SawFetchWithin(uint64_t payload_bytes, Duration took);
+  // tokens as in FetchWork.
+  void SawDecode(size_t depth, double tokens, Duration took);
   void SawPrefill(size_t tokens, Duration took);
+  void SawEncode(size_t tokens, Duration took);
   // How long carrying out a plan took.
   void SawOutcome(const Plan& plan, Duration took);
 
@@ -63,12 +103,21 @@ class Planner {
   const PlannerStats& stats() const { return stats_; }
 
  private:
-  Duration FetchTime(uint64_t payload_bytes) const;
+  // What is decoded while the rest travels costs nothing more than the longer of both, but for the
+  // first piece, or the last.
+  Duration FetchTime(const FetchWork& work) const;
+  double DecodeRate(size_t depth) const;
+  double LinkRate(uint64_t payload_bytes, Duration took) const;
 
-  Duration fetch_budget_;
+  PlannerOptions options_;
   MeasuredRates rates_;
   PlannerStats stats_;
-  uint64_t observations_[3] = {};  // link, round trip, prefill
+  // Observations so far.
+  uint64_t links_ = 0;
+  uint64_t round_trips_ = 0;
+  uint64_t prefills_ = 0;
+  uint64_t encodes_ = 0;
+  std::array<uint64_t, kMaxCuts> decodes_{};
 };
 
 }  // namespace kvant::node

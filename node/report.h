@@ -33,6 +33,7 @@ struct RunSetup {
   std::string codec;
   std::string store;  // StoredForm::name
   std::string wire;
+  std::optional<double> max_kl;
   std::string transport;
   std::string roles;
   uint64_t bf16_bytes_per_token = 0;

@@ -44,7 +44,9 @@ struct Answer {
   std::vector<int32_t> tokens;  // generated, the end token excluded
   FinishReason finish = FinishReason::kStop;
   int prompt_tokens = 0;
-  int cached_tokens = 0;  // of the prompt, found in this node's memory or in the tier
+  int cached_tokens = 0;   // of the prompt, found in this node's memory or in the tier
+  int tier_tokens = 0;     // of the prompt, in blocks that the tier had when it was asked
+  int fetched_tokens = 0;  // those of them that were fetched, not computed
   Duration ttft{};
   Duration tpot{};  // mean time per token after the first; 0 with fewer than two
   Status error;     // not ok: nothing was generated

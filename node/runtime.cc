@@ -51,20 +51,35 @@ Result<StoredFormPtr> MakeForm(const NodeOptions& options, const Model& model,
 }
 
 // A name that all classes have, or of a cut that the form has.
-Result<Wire> WireOf(const std::string& name, const StoredForm& form) {
+Result<Wire> ParseWireOrCut(std::string_view name, const StoredForm& form) {
   const auto& cuts = form.cut_names();
   const auto found = std::find(cuts.begin(), cuts.end(), name);
   if (found == cuts.end()) return ParseWire(name);
   return static_cast<Wire>(static_cast<int>(Wire::kCut1) + (found - cuts.begin()));
 }
 
+// Of flags alone, before a model is loaded.
+Status CheckBudgetFlags(const NodeOptions& options) {
+  if (!options.max_kl.has_value() || WireOf(options) == WireName(Wire::kAuto)) return OkStatus();
+  return InvalidArgument(
+      "--max-kl {} chooses what is read for each fetch, and --wire {} says what it is: give one of "
+      "them (--wire auto goes with --max-kl)",
+      *options.max_kl, options.wire);
+}
+
 }  // namespace
+
+std::string_view WireOf(const NodeOptions& options) {
+  if (!options.wire.empty()) return options.wire;
+  return WireName(options.max_kl.has_value() ? Wire::kAuto : Wire::kFull);
+}
 
 Result<std::unique_ptr<NodeRuntime>> NodeRuntime::Create(const NodeOptions& options) {
   std::unique_ptr<NodeRuntime> node(new NodeRuntime);
   node->options_ = options;
   KV_ASSIGN_OR_RETURN(const kernels::Codec* codec, kernels::FindCodec(options.codec));
   KV_RETURN_IF_ERROR(CheckStoredForm(options.store, *codec));
+  KV_RETURN_IF_ERROR(CheckBudgetFlags(options));
   KV_ASSIGN_OR_RETURN(node->domains_, Domains::Parse(options.domains));
   std::string secret;
   if (!options.secret_file.empty()) {
@@ -81,12 +96,16 @@ Result<std::unique_ptr<NodeRuntime>> NodeRuntime::Create(const NodeOptions& opti
       std::make_unique<kernels::ThreadPool>(options.threads > 0 ? options.threads : cores);
   KV_ASSIGN_OR_RETURN(node->model_, Model::Load(options.model));
   KV_ASSIGN_OR_RETURN(StoredFormPtr form, MakeForm(options, *node->model_, *codec));
-  KV_ASSIGN_OR_RETURN(node->wire_, WireOf(options.wire, *form));
+  KV_ASSIGN_OR_RETURN(node->wire_, ParseWireOrCut(WireOf(options), *form));
   node->block_class_ =
       std::make_unique<BlockClass>(node->model_.get(), codec, AsBytes(secret), std::move(form));
   node->cache_ = std::make_unique<LocalCache>(node->block_class_.get(), options.local_cache_bytes);
-  node->planner_ = std::make_unique<Planner>(std::chrono::duration_cast<Duration>(
-      std::chrono::duration<double, std::milli>(options.fetch_budget_ms)));
+  PlannerOptions planning;
+  planning.fetch_budget = std::chrono::duration_cast<Duration>(
+      std::chrono::duration<double, std::milli>(options.fetch_budget_ms));
+  planning.max_kl = options.max_kl;
+  node->planner_ = std::make_unique<Planner>(planning);
+  KV_RETURN_IF_ERROR(node->planner_->CheckBudget(node->block_class_->choices()));
   node->decoder_ = std::make_unique<Decoder>(node->model_.get(), node->pool_.get());
   return node;
 }

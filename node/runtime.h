@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/clock.h"
@@ -32,10 +33,11 @@ inline constexpr std::string_view kDefaultPack = "klt.safetensors";
 struct NodeOptions {
   std::string model;
   std::string codec = "tile8";
-  std::string store = "plain";  // StoredForm
-  std::string pack;             // of --store klt; empty: the model directory's kDefaultPack
-  std::string cuts = "fine";    // of the pack's, those that a block of --store klt holds
-  std::string wire = "full";
+  std::string store = "plain";       // StoredForm
+  std::string pack;                  // of --store klt; empty: the model directory's kDefaultPack
+  std::string cuts = "fine";         // of the pack's, those that a block of --store klt holds
+  std::string wire;                  // empty: auto with max_kl, else full
+  std::optional<double> max_kl;      // nats a token that reading may cost; only with auto
   std::vector<std::string> domains;  // "DOMAIN=tenant,tenant"
   std::string secret_file;           // cluster secret; empty: none
   int threads = 0;                   // 0: one for each core this process may use
@@ -45,6 +47,9 @@ struct NodeOptions {
   double fetch_budget_ms = 50.0;  // of one fetch, for --wire auto
   int max_batch = 8;
 };
+
+// What NodeOptions::wire stands for.
+std::string_view WireOf(const NodeOptions& options);
 
 // A shard in this very process: what a node uses when it is given no other cache. Single-owner.
 class EmbeddedShard {

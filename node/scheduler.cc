@@ -58,8 +58,19 @@ Scheduler::Scheduler(const BlockClass* block_class, BlockSupply* supply, TierLin
   KV_CHECK(options.max_batch >= 1 && options.max_batch <= kMaxDecodeRows);
   arrival_.clock = clock;
   arrival_.timeout = options.arrival_timeout;
-  arrival_.poll = [this] { return tier_->Poll(); };
-  arrival_.wait = [this](Duration at_most) { tier_->Wait(at_most); };
+  const auto waiting = [this](const auto& wait) {
+    const TimePoint began = clock_->Now();
+    const bool progress = wait();
+    waited_ += clock_->Now() - began;
+    return progress;
+  };
+  arrival_.poll = [this, waiting] { return waiting([this] { return tier_->Poll(); }); };
+  arrival_.wait = [this, waiting](Duration at_most) {
+    waiting([&] {
+      tier_->Wait(at_most);
+      return false;
+    });
+  };
   logits_.resize(static_cast<size_t>(options.max_batch) *
                  static_cast<size_t>(block_class->model().config().vocab));
 }
@@ -239,6 +250,8 @@ bool Scheduler::ComputeTail() {
   tail.tokens = std::span(sequence->tokens).subspan(begin);
   tail.position = static_cast<int>(begin);
   tail.past = &past;
+  const TimePoint began = clock_->Now();
+  waited_ = {};
   const Status status = decoder_->PrefillTail(tail, &sequence->open, logits_.data());
   if (!status.ok()) {
     // A block did not arrive. The supply finds out which one and computes it.
@@ -246,10 +259,17 @@ bool Scheduler::ComputeTail() {
     return true;
   }
   SupplyJob& supply = *sequence->supply;
+  // Fewer tokens take nearly as long as these, and would make a block look slow.
+  if (tail.tokens.size() >= kBlockTokens / 2) {
+    supply_->SawPrefill(tail.tokens.size(), clock_->Now() - began - waited_);
+  }
   sequence->blocks = supply.blocks;
   const size_t hits = supply.local_hits + supply.tier_hits;
   sequence->answer.prompt_tokens = static_cast<int>(sequence->prompt_tokens);
   sequence->answer.cached_tokens = static_cast<int>(hits * kBlockTokens);
+  sequence->answer.tier_tokens = static_cast<int>(supply.tier_found * kBlockTokens);
+  const size_t fetched = supply.tier_hits - std::min(supply.tier_hits, supply.recomputed);
+  sequence->answer.fetched_tokens = static_cast<int>(fetched * kBlockTokens);
   stats_.prompt_tokens += sequence->prompt_tokens;
   stats_.cached_tokens += hits * kBlockTokens;
   stats_.local_hit_tokens += supply.local_hits * kBlockTokens;

@@ -101,6 +101,7 @@ class Scheduler {
   const Domains* domains_;
   SchedulerOptions options_;
   ArrivalWait arrival_;
+  Duration waited_{};  // in arrival_, of the tail under way
   SchedulerStats stats_;
   std::deque<std::unique_ptr<Sequence>> queued_;
   std::vector<std::unique_ptr<Sequence>> active_;

@@ -3,6 +3,7 @@
 #include <spdlog/spdlog.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <utility>
 
@@ -44,8 +45,10 @@ struct TierLink::Operation {
   std::optional<Status> outcome;       // of a put that ended before it was sealed
   std::vector<BlockArrival> arrivals;  // of a fetch
   std::vector<Item> items;
-  uint64_t arrived_bytes = 0;  // of a fetch; of a put, computed and not yet announced
-  int next_layer = 0;          // of a put: the first that was not announced
+  uint64_t arrived_bytes = 0;                 // of a put: computed and not yet announced
+  std::array<Duration, kMaxCuts> decoding{};  // [BlockClass::DecodeDepth] of a fetch, so far
+  std::array<size_t, kMaxCuts> decoded_layers{};
+  int next_layer = 0;  // of a put: the first that was not announced
 };
 
 Result<std::unique_ptr<TierLink>> TierLink::Create(Transport* transport, ShardMap map,
@@ -67,6 +70,7 @@ Result<std::unique_ptr<TierLink>> TierLink::Create(Transport* transport, ShardMa
   link->block_class_ = block_class;
   link->clock_ = clock;
   link->planner_ = planner;
+  link->meter_.emplace(planner, clock->Now());
   link->arena_bytes_ = connection_options.arena_bytes;
   link->timeout_ = options.timeout;
   return link;
@@ -80,6 +84,7 @@ bool TierLink::Poll() {
   if (beside_) beside_();
   events_.clear();
   const bool progress = connection_->Poll(&events_);
+  meter_->Looked(clock_->Now());
   // OnEvent may start operations but never polls, so the list stands still.
   for (const ClientEvent& event : events_) OnEvent(event);
   return progress || !events_.empty();
@@ -122,6 +127,7 @@ bool TierLink::Fetch(std::span<const BlockFetch> blocks, FetchDone done) {
   operation->started = now;
   operation->buffer = *buffer;
   operation->fetch_done = std::move(done);
+  meter_->FetchBegan(now);
   FetchRequest request;
   request.buffer = *buffer;
   request.deadline = now + timeout_;
@@ -255,21 +261,25 @@ void TierLink::OnLayer(Operation* operation, const ClientEvent& event) {
   if (!accepted.ok()) return fail(accepted);
   if (item.rows.empty()) item.rows = SelectRows(*event.manifest, item.selection);
   uint64_t bytes = 0;
+  const TimePoint started = clock_->Now();
+  const int missing = block->layers_missing;
   const Status status = arrival.TakeLayer(event.layer, item.rows,
                                           operation->buffer->bytes().data() + item.offset, &bytes);
   if (!status.ok()) return fail(status);
+  const size_t depth = block_class_->DecodeDepth(block->portion.cuts);
+  operation->decoding[depth] += clock_->Now() - started;
+  operation->decoded_layers[depth] += static_cast<size_t>(missing - block->layers_missing);
   stats_.fetched_bytes += bytes;
-  operation->arrived_bytes += bytes;
+  meter_->Arrived(bytes);
 }
 
 void TierLink::OnEvent(const ClientEvent& event) {
   const auto found = operations_.find(event.op);
   if (found == operations_.end()) return;
   Operation* operation = found->second.get();
-  const Duration took = clock_->Now() - operation->started;
   switch (event.kind) {
     case ClientEvent::Kind::kLookupDone: {
-      planner_->SawRoundTrip(took);
+      meter_->LookupDone(operation->started);
       const LookupDone done = std::move(operation->lookup_done);
       operations_.erase(found);
       done(event.blocks);
@@ -291,8 +301,10 @@ void TierLink::OnEvent(const ClientEvent& event) {
       for (const BlockArrival& arrival : operation->arrivals) {
         stats_.fetched_blocks += arrival.block()->complete() ? 1 : 0;
       }
-      if (event.status.ok() && operation->arrived_bytes != 0) {
-        planner_->SawFetch(operation->arrived_bytes, took);
+      meter_->FetchEnded();
+      for (size_t depth = 0; depth < kMaxCuts; ++depth) {
+        const double tokens = block_class_->TokensOfLayers(operation->decoded_layers[depth]);
+        if (tokens > 0) planner_->SawDecode(depth, tokens, operation->decoding[depth]);
       }
       const FetchDone done = std::move(operation->fetch_done);
       operations_.erase(found);

@@ -16,6 +16,7 @@
 #include "base/status.h"
 #include "cache_service/pump.h"
 #include "node/block_class.h"
+#include "node/link_meter.h"
 #include "node/local_cache.h"
 #include "node/planner.h"
 
@@ -68,7 +69,10 @@ class TierLink {
   // One round of progress. True if anything happened.
   bool Poll();
   // Sleeps until something may have happened.
-  void Wait(Duration at_most) { transport_->Wait(at_most); }
+  void Wait(Duration at_most) {
+    transport_->Wait(at_most);
+    meter_->Looked(clock_->Now());
+  }
 
   // REQUIRES: chain starts at a chain's block whose index is a multiple of kRunBlocks.
   void Lookup(std::span<const BlockKey> chain, LookupDone done);
@@ -114,6 +118,7 @@ class TierLink {
   const BlockClass* block_class_ = nullptr;
   const Clock* clock_ = nullptr;
   Planner* planner_ = nullptr;
+  std::optional<LinkMeter> meter_;
   uint64_t arena_bytes_ = 0;
   Duration timeout_{};
   TierStats stats_;

@@ -10,17 +10,20 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "node/block_class.h"
 #include "node/scheduler.h"
 #include "tests/support/node_world.h"
+#include "tests/support/planes_form.h"
 #include "tests/support/random_requests.h"
 #include "tests/support/watched_shard.h"
 
 namespace kvant::node {
 namespace {
 
+using support::FormNode;
 using support::kTinyContext;
 using support::NodeWorld;
 using support::NodeWorldOptions;
@@ -113,6 +116,64 @@ TEST(Wires, AutoRaisesWhatIsInMemory) {
   EXPECT_EQ(reader.node->tier()->stats().fetched_bytes,
             kBlocks * reader.node->block_class().payload_bytes())
       << "no byte was moved twice";
+}
+
+// A form whose cuts declare 0.001, 0.01 and 0.1 nats a token.
+TEST(Budget, ASlowLinkReadsTheCoarsestCutThatKeepsIt) {
+  WatchedShard shard;
+  FormNode writer(support::TinyModel(), "tile8", &shard, uint64_t{8} << 20);
+  const SupplyJobPtr written = writer.Supply(Wire::kFull);
+  const auto stored = [&](int cuts) {
+    uint64_t bytes = 0;
+    for (const CachedBlockPtr& block : written->blocks) {
+      bytes += block->manifest->EndsOfCuts()[static_cast<size_t>(cuts) - 1];
+    }
+    return bytes;
+  };
+  const std::pair<double, int> budgets[] = {{0.5, 1}, {0.1F, 1}, {0.05, 2}, {0.01F, 2}, {0.005, 3}};
+  for (const auto& [max_kl, cuts] : budgets) {
+    SCOPED_TRACE(max_kl);
+    PlannerOptions planning;
+    planning.max_kl = max_kl;
+    FormNode reader(support::TinyModel(), "tile8", &shard, uint64_t{8} << 20, planning);
+    for (int i = 0; i < 100; ++i) reader.planner().SawFetch(1000, std::chrono::milliseconds(10));
+    const SupplyJobPtr read = reader.Supply(Wire::kAuto);
+    EXPECT_EQ(read->read_cuts, (Cuts{cuts, cuts}));
+    EXPECT_EQ(read->tier_found, kBlocks);
+    EXPECT_EQ(reader.supply().stats().computed_blocks, 0u);
+    EXPECT_EQ(reader.tier()->stats().fetched_bytes, stored(cuts));
+    const size_t choice = static_cast<size_t>(3 - cuts);
+    EXPECT_EQ(reader.planner().stats().fetch_plans_at[choice], 1u);
+    EXPECT_GT(reader.planner().rates().decode_tokens_per_s[static_cast<size_t>(cuts) - 1], 0);
+    EXPECT_EQ(reader.planner().stats().outcomes, 1u);
+  }
+}
+
+// What is in memory at a finer cut is attended as it is, and what is coarser is not raised.
+TEST(Budget, WhatIsHereIsReadAsItIs) {
+  WatchedShard shard;
+  FormNode writer(support::TinyModel(), "tile8", &shard, uint64_t{8} << 20);
+  const SupplyJobPtr written = writer.Supply(Wire::kFull);
+  PlannerOptions planning;
+  planning.max_kl = 0.05;
+  FormNode reader(support::TinyModel(), "tile8", &shard, uint64_t{8} << 20, planning);
+  // The first block at all cuts, the second at one, which the budget forbids.
+  static_cast<void>(reader.Supply(Wire::kFull, 1));
+  static_cast<void>(reader.Supply(Wire::kK4V4, 2));
+  const SupplyJobPtr read = reader.Supply(Wire::kAuto, 3);
+  EXPECT_EQ(read->local_hits, 1u);
+  EXPECT_EQ(read->tier_hits, 2u);
+  EXPECT_EQ(read->blocks[0]->portion.cuts, (Cuts{3, 3}));
+  EXPECT_EQ(read->blocks[0]->bytes, written->blocks[0]->bytes);
+  EXPECT_EQ(read->blocks[1]->portion.cuts, (Cuts{2, 2}));
+  EXPECT_EQ(read->blocks[2]->portion.cuts, (Cuts{2, 2}));
+  EXPECT_EQ(reader.supply().stats().computed_blocks, 0u);
+  // What is computed has all cuts, and is attended so.
+  FormNode alone(support::TinyModel(), "tile8", nullptr, uint64_t{8} << 20, planning);
+  const SupplyJobPtr computed = alone.Supply(Wire::kAuto);
+  for (size_t i = 0; i < kBlocks; ++i) {
+    EXPECT_EQ(computed->blocks[i]->bytes, written->blocks[i]->bytes);
+  }
 }
 
 // The sliding model has four layers of one size, of which all but layer 2 see 100 tokens: from a

@@ -54,6 +54,8 @@ node::StoredForm::Facts PlanesForm::FactsOf(const AttendedPayload& attended) {
   facts.basis = Digest{std::byte{42}};
   facts.lossy = true;
   facts.numerics = "/planes";
+  facts.cut_names = {"one", "two", "three"};
+  facts.cut_errors = {0.1F, 0.01F, 0.001F};
   const std::vector<std::vector<int>> groups = GroupsOf(attended);
   for (uint8_t cut = 0; cut < kCuts; ++cut) {
     for (uint16_t group = 0; group < groups.size(); ++group) {
@@ -162,7 +164,8 @@ std::unique_ptr<node::StoredReader> PlanesForm::MakeReader(const BlockToRead& bl
 }
 
 FormNode::FormNode(const std::filesystem::path& model, const std::string& codec,
-                   WatchedShard* shard, uint64_t local_cache_bytes)
+                   WatchedShard* shard, uint64_t local_cache_bytes,
+                   const node::PlannerOptions& planning)
     : pool_(std::make_unique<kernels::ThreadPool>(1)) {
   KV_CHECK(kernels::ChooseImplementation().ok() && kernels::LoadBlas().ok());
   model_ = *node::Model::Load(model);
@@ -171,7 +174,7 @@ FormNode::FormNode(const std::filesystem::path& model, const std::string& codec,
       model_.get(), found, std::span<const std::byte>(),
       std::make_shared<PlanesForm>(AttendedPayload(*found, model_->config())));
   cache_ = std::make_unique<node::LocalCache>(block_class_.get(), local_cache_bytes);
-  planner_ = std::make_unique<node::Planner>(std::chrono::milliseconds(50));
+  planner_ = std::make_unique<node::Planner>(planning);
   // Else a tiny model is computed too fast for anything to be fetched.
   for (int i = 0; i < 100; ++i) planner_->SawPrefill(1, std::chrono::hours(1));
   decoder_ = std::make_unique<node::Decoder>(model_.get(), pool_.get());

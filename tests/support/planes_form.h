@@ -45,13 +45,14 @@ class FormNode {
  public:
   // shard: nullptr, or outlives it.
   FormNode(const std::filesystem::path& model, const std::string& codec, WatchedShard* shard,
-           uint64_t local_cache_bytes);
+           uint64_t local_cache_bytes, const node::PlannerOptions& planning = {});
   node::SupplyJobPtr Supply(node::Wire wire, size_t blocks = kWatchedBlocks);
 
   const node::Model& model() const { return *model_; }
   const node::BlockClass& block_class() const { return *block_class_; }
   node::LocalCache& cache() { return *cache_; }
   node::TierLink* tier() { return tier_.get(); }
+  node::Planner& planner() { return *planner_; }
   node::BlockSupply& supply() { return *supply_; }
 
  private:
