@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "kernels/linear.h"
@@ -60,6 +62,57 @@ Json Links(std::span<const Json> ranks) {
           {"node_to_node", nodes}};
 }
 
+// A number for each of the ways to read, by name.
+Json ByCut(const BlockClass& block_class, const std::function<Json(size_t choice)>& value) {
+  Json numbers = Json::object();
+  for (size_t i = 0; i < block_class.choices().size(); ++i) {
+    numbers[block_class.choices()[i].name] = value(i);
+  }
+  return numbers;
+}
+
+// What plans did, of all ranks.
+Json PlansOf(std::span<const Json> ranks) {
+  double forecast_error = 0;
+  uint64_t outcomes = 0;
+  std::map<std::string, uint64_t> by_cut;
+  for (const Json& rank : ranks) {
+    if (!rank.contains("planner")) continue;
+    const Json& plans = rank["planner"];
+    const uint64_t count = plans.at("outcomes").get<uint64_t>();
+    forecast_error += plans.at("mean_forecast_error").get<double>() * static_cast<double>(count);
+    outcomes += count;
+    for (const auto& [cut, fetches] : plans.at("fetch_plans_by_cut").items()) {
+      by_cut[cut] += fetches.get<uint64_t>();
+    }
+  }
+  const double mean = outcomes == 0 ? 0 : forecast_error / static_cast<double>(outcomes);
+  return {{"fetch_plans", Sum(ranks, "planner", "fetch_plans")},
+          {"fetch_plans_by_cut", by_cut},
+          {"compute_plans", Sum(ranks, "planner", "compute_plans")},
+          {"mean_forecast_error", mean}};
+}
+
+// Requests whose prompt the tier had at least half of when it was asked, whether it was fetched
+// then or computed.
+Json TierHits(std::span<const Answer> answers) {
+  std::vector<double> ttft;
+  double sum = 0;
+  uint64_t fetched = 0;
+  for (const Answer& answer : answers) {
+    if (!answer.error.ok() || answer.tier_tokens == 0) continue;
+    if (2 * answer.tier_tokens < answer.prompt_tokens) continue;
+    ttft.push_back(Milliseconds(answer.ttft));
+    sum += ttft.back();
+    fetched += answer.fetched_tokens > 0 ? 1 : 0;
+  }
+  const size_t requests = ttft.size();
+  return {{"requests", requests},
+          {"fetched_requests", fetched},
+          {"ttft_ms_p50", Percentile(ttft, 0.5)},
+          {"ttft_ms_mean", requests == 0 ? 0 : sum / static_cast<double>(requests)}};
+}
+
 struct Agreement {
   int identical = 0;
   int compared = 0;
@@ -82,6 +135,21 @@ Agreement CountIdentical(std::span<const Answer> answers, const std::vector<Answ
   return agreement;
 }
 
+// "12 fetched (coarse 9, fine 3), 4 computed; forecasts 18 % off on average", or nothing.
+std::string PlansLine(const Json& plans) {
+  const double fetched = plans.at("fetch_plans").get<double>();
+  const double computed = plans.at("compute_plans").get<double>();
+  if (fetched + computed == 0) return "";
+  std::string by_cut;
+  for (const auto& [cut, count] : plans.at("fetch_plans_by_cut").items()) {
+    if (count == 0) continue;
+    by_cut += fmt::format("{}{} {:.0f}", by_cut.empty() ? "" : ", ", cut, count.get<double>());
+  }
+  return fmt::format("{:.0f} fetched{}, {:.0f} computed; forecasts {:.0f} % off on average",
+                     fetched, by_cut.empty() ? "" : " (" + by_cut + ")", computed,
+                     100 * plans.at("mean_forecast_error").get<double>());
+}
+
 double Ratio(double numerator, double denominator) {
   return denominator == 0 ? 0 : numerator / denominator;
 }
@@ -102,8 +170,13 @@ Json NodeRankReport(int rank, Role role, const std::string& host, NodeRuntime& n
                     const SchedulerStats& scheduler, const LinkCounters& tier,
                     const LinkCounters& nodes) {
   const SupplyStats& supply = node.supply().stats();
+  const BlockClass& blocks = node.block_class();
   const PlannerStats& plans = node.planner().stats();
   const MeasuredRates& rates = node.planner().rates();
+  const Json fetch_plans = ByCut(blocks, [&](size_t i) { return plans.fetch_plans_at[i]; });
+  const Json decode_rates = ByCut(blocks, [&](size_t i) {
+    return rates.decode_tokens_per_s[blocks.DecodeDepth(blocks.choices()[i].cuts)];
+  });
   const TierStats link = node.tier() != nullptr ? node.tier()->stats() : TierStats{};
   return {{"rank", rank},
           {"role", RoleName(role)},
@@ -141,12 +214,15 @@ Json NodeRankReport(int rank, Role role, const std::string& host, NodeRuntime& n
             {"put_failed", link.put_failed}}},
           {"planner",
            {{"fetch_plans", plans.fetch_plans},
+            {"fetch_plans_by_cut", fetch_plans},
             {"compute_plans", plans.compute_plans},
             {"outcomes", plans.outcomes},
             {"mean_forecast_error", plans.mean_forecast_error()},
             {"link_bytes_per_s", rates.link_bytes_per_s},
             {"round_trip_s", rates.round_trip_s},
-            {"prefill_tokens_per_s", rates.prefill_tokens_per_s}}},
+            {"prefill_tokens_per_s", rates.prefill_tokens_per_s},
+            {"encode_tokens_per_s", rates.encode_tokens_per_s},
+            {"decode_tokens_per_s", decode_rates}}},
           {"local_cache",
            {{"bytes", node.cache().bytes()},
             {"limit_bytes", node.cache().limit_bytes()},
@@ -201,21 +277,15 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
   const uint64_t sliding_skipped = Sum(ranks, "supply", "sliding_bytes_skipped");
   const uint64_t sliding_later = Sum(ranks, "supply", "sliding_bytes_fetched_later");
   std::string core_type;
-  double forecast_error = 0;
-  uint64_t outcomes = 0;
   for (const Json& rank : ranks) {
-    if (!rank.contains("planner")) continue;
-    core_type = rank.at("openblas_core_type").get<std::string>();
-    const uint64_t count = rank["planner"].at("outcomes").get<uint64_t>();
-    forecast_error +=
-        rank["planner"].at("mean_forecast_error").get<double>() * static_cast<double>(count);
-    outcomes += count;
+    if (rank.contains("planner")) core_type = rank.at("openblas_core_type").get<std::string>();
   }
   Json report = {
       {"model", setup.model},
       {"codec", setup.codec},
       {"store", setup.store},
       {"wire", setup.wire},
+      {"max_kl", setup.max_kl.has_value() ? Json(*setup.max_kl) : Json(nullptr)},
       {"transport", setup.transport},
       {"roles", setup.roles},
       {"ranks", ranks.size()},
@@ -233,6 +303,7 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
        Sum(ranks, "scheduler", "recomputed_after_failure_tokens")},
       {"ttft_ms_p50", Percentile(ttft, 0.5)},
       {"ttft_ms_p99", Percentile(ttft, 0.99)},
+      {"tier_hits", TierHits(comparison.answers)},
       {"tpot_ms_p50", Percentile(tpot, 0.5)},
       {"tpot_ms_p99", Percentile(tpot, 0.99)},
       {"links", links},
@@ -249,10 +320,7 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
       {"dedup_ratio",
        Ratio(static_cast<double>(prompt_tokens) / kBlockTokens, static_cast<double>(sealed))},
       {"data_loss", Sum(ranks, "tier", "data_loss") + Sum(ranks, "store", "data_loss")},
-      {"planner",
-       {{"fetch_plans", Sum(ranks, "planner", "fetch_plans")},
-        {"compute_plans", Sum(ranks, "planner", "compute_plans")},
-        {"mean_forecast_error", Ratio(forecast_error, static_cast<double>(outcomes))}}},
+      {"planner", PlansOf(ranks)},
       {"openblas_core_type", core_type},
       {"wall_s", setup.wall_s},
       {"peak_resident_bytes", peak_resident_bytes},
@@ -287,12 +355,15 @@ Result<std::string> FormatReport(const Json& report, const Json* without_cache) 
     const double prompt = number("prompt_tokens");
     const auto share = [prompt](double tokens) { return 100.0 * Ratio(tokens, prompt); };
     const std::string store = report.value("store", "plain");
+    const Json max_kl = report.value("max_kl", Json());
+    const std::string budget =
+        max_kl.is_null() ? "" : fmt::format(" within {:g} nats a token", max_kl.get<double>());
     page += fmt::format(
-        "{} on {} rank{} ({}), {}{} over {}, decode reads {}\n\n",
+        "{} on {} rank{} ({}), {}{} over {}, decode reads {}{}\n\n",
         report.at("model").get<std::string>(), report.at("ranks").get<int>(),
         report.at("ranks") == 1 ? "" : "s", report.at("roles").get<std::string>(),
         report.at("codec").get<std::string>(), store == "plain" ? "" : " stored " + store,
-        report.at("transport").get<std::string>(), report.at("wire").get<std::string>());
+        report.at("transport").get<std::string>(), report.at("wire").get<std::string>(), budget);
     line("requests",
          fmt::format("{:.0f}, {:.0f} failed", number("requests"), number("failed_requests")));
     line("prompt tokens", fmt::format("{:.0f}", prompt));
@@ -309,8 +380,18 @@ Result<std::string> FormatReport(const Json& report, const Json* without_cache) 
          fmt::format("{:.0f} in {:.1f} s", number("generated_tokens"), number("wall_s")));
     line("time to first token",
          fmt::format("{:.1f} ms p50, {:.1f} ms p99", number("ttft_ms_p50"), number("ttft_ms_p99")));
+    const Json& hits = report.at("tier_hits");
+    if (hits.at("requests") > 0) {
+      line("  hits in the tier",
+           fmt::format("{:.1f} ms p50, {:.1f} ms mean of {:.0f} requests, {:.0f} of them fetched",
+                       hits.at("ttft_ms_p50").get<double>(), hits.at("ttft_ms_mean").get<double>(),
+                       hits.at("requests").get<double>(),
+                       hits.at("fetched_requests").get<double>()));
+    }
     line("time per token",
          fmt::format("{:.2f} ms p50, {:.2f} ms p99", number("tpot_ms_p50"), number("tpot_ms_p99")));
+    const std::string plans = PlansLine(report.at("planner"));
+    if (!plans.empty()) line("plans", plans);
     line("resident memory",
          fmt::format("{} at its peak{}", FormatBytes(number("peak_resident_bytes")),
                      report.at("ranks") == 1 ? "" : ", in the largest rank"));

@@ -283,6 +283,8 @@ std::string FormatAnswer(const Answer& answer, std::string_view model, int64_t c
                           {"prompt_tokens_details", {{"cached_tokens", answer.cached_tokens}}}}},
                         {"kvant",
                          {{"token_ids", answer.tokens},
+                          {"tier_tokens", answer.tier_tokens},
+                          {"fetched_tokens", answer.fetched_tokens},
                           {"ttft_ms", Milliseconds(answer.ttft)},
                           {"tpot_ms", Milliseconds(answer.tpot)}}}}}};
   line["error"] = nullptr;
@@ -314,6 +316,8 @@ Result<std::vector<Answer>> ParseAnswers(std::string_view text, std::string_view
         };
         answer.ttft = milliseconds("ttft_ms");
         answer.tpot = milliseconds("tpot_ms");
+        answer.tier_tokens = body["kvant"].value("tier_tokens", 0);
+        answer.fetched_tokens = body["kvant"].value("fetched_tokens", 0);
         answer.prompt_tokens = body.at("usage").at("prompt_tokens").get<int>();
         answer.cached_tokens =
             body["usage"].at("prompt_tokens_details").at("cached_tokens").get<int>();

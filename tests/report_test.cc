@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -89,6 +90,56 @@ TEST_F(ReportTest, AddsUpWhatEachLinkMoved) {
   EXPECT_EQ(report.at("requests"), answers_.size());
   EXPECT_GT(report.at("generated_tokens").get<int>(), 0);
   EXPECT_FALSE(report.contains("compared"));
+}
+
+TEST_F(ReportTest, SaysWhatPlansChose) {
+  for (size_t i = 1; i < ranks_.size(); ++i) {
+    json& plans = ranks_[i]["planner"];
+    EXPECT_EQ(plans.at("fetch_plans_by_cut").size(), 3u) << "full, k8v4, k4v4";
+    EXPECT_TRUE(plans.at("decode_tokens_per_s").contains("k8v4"));
+    plans["fetch_plans"] = 2 * i;
+    plans["compute_plans"] = 3;
+    plans["fetch_plans_by_cut"] = {{"full", i}, {"k4v4", i}};
+    plans["outcomes"] = i;
+    plans["mean_forecast_error"] = 0.2 * static_cast<double>(i);
+  }
+  setup_.max_kl = 5e-3;
+  const json report = Merge();
+  EXPECT_EQ(report.at("max_kl"), 5e-3);
+  const json& plans = report.at("planner");
+  EXPECT_EQ(plans.at("fetch_plans"), 6);
+  EXPECT_EQ(plans.at("compute_plans"), 6);
+  EXPECT_EQ(plans.at("fetch_plans_by_cut"), (json{{"full", 3}, {"k4v4", 3}}));
+  EXPECT_NEAR(plans.at("mean_forecast_error").get<double>(), (0.2 + 0.8) / 3, 1e-9);
+  const std::string page = *FormatReport(report, nullptr);
+  EXPECT_THAT(page, HasSubstr("6 fetched (full 3, k4v4 3), 6 computed; forecasts 33 % off"));
+  EXPECT_THAT(page, HasSubstr("decode reads full within 0.005 nats a token"));
+}
+
+TEST_F(ReportTest, SaysHowSoonHitsBegin) {
+  using std::chrono::milliseconds;
+  ASSERT_GE(answers_.size(), 5u);
+  for (Answer& answer : answers_) {
+    answer.prompt_tokens = 200;
+    answer.tier_tokens = 64;  // of the others less than half was there
+    answer.fetched_tokens = 64;
+  }
+  for (size_t i = 0; i < 4; ++i) {
+    answers_[i].tier_tokens = 128;
+    answers_[i].fetched_tokens = i == 0 ? 0 : 128;
+    answers_[i].ttft = milliseconds(10 * (i + 1));
+  }
+  answers_[3].error = Unavailable("never");
+  const json report = Merge();
+  const json& hits = report.at("tier_hits");
+  EXPECT_EQ(hits.at("requests"), 3);
+  EXPECT_EQ(hits.at("fetched_requests"), 2);
+  EXPECT_EQ(hits.at("ttft_ms_p50"), 20);
+  EXPECT_EQ(hits.at("ttft_ms_mean"), 20);
+  EXPECT_THAT(*FormatReport(report, nullptr), HasSubstr("hits in the tier"));
+  for (Answer& answer : answers_) answer.tier_tokens = 0;
+  EXPECT_EQ(Merge().at("tier_hits").at("requests"), 0);
+  EXPECT_THAT(*FormatReport(Merge(), nullptr), testing::Not(HasSubstr("hits in the tier")));
 }
 
 TEST_F(ReportTest, ComparesAnswersByName) {

@@ -225,6 +225,8 @@ TEST(Answers, AreReadBackAsWritten) {
   text.finish = FinishReason::kLength;
   text.prompt_tokens = 129;
   text.cached_tokens = 64;
+  text.tier_tokens = 128;
+  text.fetched_tokens = 64;
   text.ttft = std::chrono::microseconds(1500);
   text.tpot = std::chrono::microseconds(250);
   Answer chat = text;
@@ -255,6 +257,8 @@ TEST(Answers, AreReadBackAsWritten) {
     EXPECT_EQ(read.finish, written.finish);
     EXPECT_EQ(read.prompt_tokens, written.prompt_tokens);
     EXPECT_EQ(read.cached_tokens, written.cached_tokens);
+    EXPECT_EQ(read.tier_tokens, written.tier_tokens);
+    EXPECT_EQ(read.fetched_tokens, written.fetched_tokens);
     EXPECT_EQ(read.ttft, written.ttft);
     EXPECT_EQ(read.tpot, written.tpot);
   }
