@@ -137,13 +137,35 @@ TEST(OrderedGemmTest, TheLastInputsMayBeLeftOut) {
       const std::vector<float> expected = DefinedProduct(part, OrderedStart::kHeld);
       for (const Implementation* implementation : All()) {
         std::vector<float> out = part.held;
-        implementation->ordered_multiply({weights, x.data(), part.rows, inputs, out.data(),
-                                          static_cast<size_t>(part.outputs), out.data()});
+        implementation->ordered_multiply({weights, x.data(), part.rows, inputs, part.outputs,
+                                          out.data(), static_cast<size_t>(part.outputs),
+                                          out.data()});
         EXPECT_TRUE(SameBits(out, expected)) << implementation->name << ": " << inputs;
       }
       std::vector<float> out = part.held;
       OrderedMultiplyAdd(weights, x.data(), part.rows, inputs, out.data());
       EXPECT_TRUE(SameBits(out, expected));
+    }
+  }
+}
+
+TEST(OrderedGemmTest, TheLastOutputsMayBeLeftOut) {
+  Random random(47);
+  constexpr int kOutputs = 75;
+  for (const int outputs : {0, 1, 16, 31, 32, 33, 74, kOutputs}) {
+    for (const bool bf16 : {false, true}) {
+      const OrderedCase whole = MakeOrderedCase(15, 513, kOutputs, bf16, 0, &random);
+      const OrderedWeights weights(whole.weights.data(), kOutputs, whole.inputs);
+      std::vector<float> expected = DefinedProduct(whole, OrderedStart::kBias);
+      for (size_t i = 0; i < expected.size(); ++i) {
+        if (static_cast<int>(i % kOutputs) >= outputs) expected[i] = whole.held[i];
+      }
+      for (const Implementation* implementation : All()) {
+        std::vector<float> out = whole.held;
+        implementation->ordered_multiply({weights, whole.x.data(), whole.rows, whole.inputs,
+                                          outputs, whole.bias.data(), 0, out.data()});
+        EXPECT_TRUE(SameBits(out, expected)) << implementation->name << ": " << outputs;
+      }
     }
   }
 }
