@@ -367,7 +367,7 @@ TEST_P(Lossy, MoreOfABlockBuildsUponItsStoredRows) {
   uint64_t moved = 0;
   for (size_t i = 0; i < kWatchedBlocks; ++i) {
     const Scope scope = GetParam() && i < 3 ? Scope::kGlobal : Scope::kAll;
-    ASSERT_EQ(less->blocks[i]->portion, Portion(i == 0 ? full : one, scope));
+    ASSERT_EQ(less->blocks[i]->portion, Portion(one, scope));
     ASSERT_EQ(less->blocks[i]->bytes.size(),
               reader.block_class().attended().layout(scope).total_bytes())
         << "a whole payload";
