@@ -34,6 +34,8 @@ WatchedShard::Node WatchedShard::Connect(const std::string& codec, uint64_t loca
   options.codec = codec;
   options.store = store;
   options.local_cache_bytes = local_cache_bytes;
+  // On a busy machine the link looks slow, and `auto` is to find it fast enough for everything.
+  options.fetch_budget_ms = 1e6;
   made.node = *node::NodeRuntime::Create(options);
   const Status status = made.node->ConnectTier(made.transport.get(), map(), std::chrono::seconds(2),
                                                [this] { Turn(); });
