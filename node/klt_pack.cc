@@ -12,7 +12,6 @@
 
 #include "base/bytes.h"
 #include "base/check.h"
-#include "kernels/dense_algebra.h"
 #include "kernels/float_formats.h"
 #include "kernels/linear.h"
 #include "node/json.h"
@@ -24,7 +23,6 @@
 namespace kvant::node {
 namespace {
 
-using kernels::Matrix;
 using nlohmann::json;
 
 constexpr std::string_view kFormat = "kvant-klt-2";
@@ -209,9 +207,9 @@ void SetAnalysis(const KltPack& pack, size_t group, KltBasis* basis) {
       for (size_t i = 0; i < width; ++i)
         turned[c * width + i] = synthesis[(at + i) * coefficients + c];
     }
-    kernels::Multiply(turned.data(), basis->coefficients, pack.width,
-                      pack.weights[static_cast<size_t>(layer)].data(), pack.width, false,
-                      product.data());
+    const kernels::OrderedWeights weight(pack.weights[static_cast<size_t>(layer)].data(),
+                                         pack.width, pack.width);
+    kernels::OrderedMultiply(weight, turned.data(), basis->coefficients, nullptr, product.data());
     for (size_t c = 0; c < coefficients; ++c) {
       std::copy_n(product.data() + c * width, width, analysis.data() + c * all + at);
     }
@@ -227,14 +225,16 @@ void SetAnalysis(const KltPack& pack, size_t group, KltBasis* basis) {
     }
   }
   std::vector<float> off(coefficients * coefficients);
-  kernels::Multiply(analysis.data(), basis->coefficients, basis->width, columns.data(),
-                    basis->coefficients, false, off.data());
+  kernels::OrderedMultiply(
+      kernels::OrderedWeights(columns.data(), basis->coefficients, basis->width), analysis.data(),
+      basis->coefficients, nullptr, off.data());
   for (size_t c = 0; c < coefficients; ++c) {
     for (size_t i = 0; i < coefficients; ++i)
       off[c * coefficients + i] = (c == i ? 1.0F : 0.0F) - off[c * coefficients + i];
   }
-  kernels::Multiply(off.data(), basis->coefficients, basis->coefficients, rows.data(), basis->width,
-                    true, analysis.data());
+  kernels::OrderedMultiplyAdd(
+      kernels::OrderedWeights(rows.data(), basis->width, basis->coefficients), off.data(),
+      basis->coefficients, analysis.data());
   basis->analysis = kernels::OrderedWeights(analysis.data(), basis->coefficients, basis->width);
 }
 

@@ -361,7 +361,6 @@ TEST_P(Lossy, MoreOfABlockBuildsUponItsStoredRows) {
   const SupplyJobPtr written = writer.Supply(Wire::kFull);
   FormNode reader = Node();
   const Cuts one = reader.block_class().CutsOf(Wire::kK4V4);
-  const Cuts full = reader.block_class().FullCuts();
   ASSERT_EQ(one.values, 1);
   const SupplyJobPtr less = reader.Supply(Wire::kK4V4);
   uint64_t moved = 0;
