@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <iterator>
+#include <optional>
 #include <string_view>
 #include <thread>
 #include <utility>
@@ -27,6 +28,7 @@
 #include "node/eval_text.h"
 #include "node/klt.h"
 #include "node/klt_fit.h"
+#include "node/klt_importance.h"
 #include "node/klt_pack.h"
 #include "node/klt_weights.h"
 #include "node/requests.h"
@@ -37,7 +39,7 @@ namespace {
 using kernels::Matrix;
 
 constexpr double kFloor = 0.03;       // of a weight's mean, added to all directions: none is free
-constexpr int kWeighEvery = 2;        // texts of which attention is looked at: one of so many
+constexpr size_t kWeighed = 32;       // texts of which attention is looked at, about; every other at most
 constexpr int kProbes = 3;            // texts that noise is put into, or one more
 constexpr int kProbeSuffix = 64;      // tokens behind them, whose KL is measured
 constexpr double kProbeNoise = 0.01;  // of the state's square
@@ -55,6 +57,8 @@ constexpr std::string_view kRefining[] = {"coarse", "fine", "finest"};
 
 // Rows of a sequence's whole blocks.
 using Sequence = std::vector<KltCoder::Rows>;
+// What enters the first layer that is not recomputed, of those blocks: [block][transform].
+using Entering = std::vector<std::vector<std::vector<float>>>;
 
 class Calibrator {
  public:
@@ -84,6 +88,7 @@ class Calibrator {
     std::vector<int32_t> prefix;
     std::vector<int32_t> suffix;
     Sequence exact;
+    Entering entering;
   };
   // What a prefix costs at some cuts.
   struct Point {
@@ -92,22 +97,26 @@ class Calibrator {
   };
 
   // Computes a sequence of whole blocks; its rows, and, if `weigh`, what weights are made of.
-  Result<Sequence> Capture(std::span<const int32_t> tokens, bool weigh);
+  Result<Sequence> Capture(std::span<const int32_t> tokens, bool weigh, Entering* entering);
+  // Of the sequence that attention_ has.
+  void NoteImportance(const Sequence& rows);
+  Status FitImportances();
+  Status SetTransforms();
   Status Collect();
   // Mean KL of a suffix behind each of `forms` of a prefix, against its exact one.
   Result<std::vector<double>> Kl(std::span<const int32_t> suffix, const Sequence& exact,
                                  std::span<const Sequence> forms);
   EncodedBlocks Encoded(const Sequence& rows);
+  std::vector<int8_t> Finer(const Sequence& rows, int layer) const;
   Status ScaleWeights();
   Status ReadWeights();
   void AddFloors();
-  // Of cuts of pack_, as of KltCoder.
-  Result<std::vector<Point>> Measure(std::span<const std::vector<size_t>> cuts);
-  Status ChooseCuts();
-  Status FinishCuts();
-  // Encodes a sequence and decodes it; adds to *bytes.
-  Result<Sequence> Coded(const KltCoder& coder, std::span<const int32_t> tokens,
-                         const Sequence& exact, double* bytes) const;
+  // Of cuts of a transform, as of KltCoder.
+  Result<std::vector<Point>> Measure(size_t transform, std::span<const std::vector<size_t>> cuts);
+  Status ChooseCuts(size_t transform);
+  Status FinishCuts(size_t transform);
+  // Encodes a probe and decodes it; adds to *bytes.
+  Result<Sequence> Coded(const KltCoder& coder, const Probe& probe, double* bytes) const;
   static void Tell(const std::string& what, const Point& point) {
     std::fprintf(stderr, "kvant: %s: %.3f bits an element, mean KL %.2e\n", what.c_str(),
                  point.bits, point.mean_kl);
@@ -136,10 +145,15 @@ class Calibrator {
   // once ScaleWeights was called.
   std::vector<Matrix> weights_;
   KltPack pack_;
+  // Of tokens whose attention was looked at.
+  std::vector<float> features_;                              // [tokens][layers][2]
+  std::vector<float> felt_;                                  // [tokens][layers]
+  std::vector<std::vector<std::vector<float>>> importance_;  // [transform][group], as in KltBasis
   KltFit fit_{&model_, pool_, &pack_};
 };
 
-Result<Sequence> Calibrator::Capture(std::span<const int32_t> tokens, bool weigh) {
+Result<Sequence> Calibrator::Capture(std::span<const int32_t> tokens, bool weigh,
+                                     Entering* entering) {
   const auto layers = static_cast<size_t>(config_.layers);
   Sequence rows;
   if (weigh) attention_.Begin();
@@ -151,10 +165,17 @@ Result<Sequence> Calibrator::Capture(std::span<const int32_t> tokens, bool weigh
         rows.emplace_back(layers, std::vector<float>(static_cast<size_t>(kBlockTokens * width_)));
     exact.Begin();
     const QuerySink queries = [&](int layer, const float* q) {
-      if (weigh) attention_.AddQueries(layer, position, q);
+      if (weigh) attention_.AddQueries(layer, q);
+    };
+    auto& of_block = entering->emplace_back();
+    const EnteringSink enter = [&](int layer, const float* x) {
+      for (const KltTransform& transform : pack_.transforms) {
+        if (transform.recomputed == layer)
+          of_block.emplace_back(x, x + static_cast<ptrdiff_t>(kBlockTokens) * config_.hidden);
+      }
     };
     KV_RETURN_IF_ERROR(decoder_.Prefill(
-        {tokens.subspan(at, kBlockTokens), position, &past, &queries},
+        {tokens.subspan(at, kBlockTokens), position, &past, &queries, &enter},
         [&](int layer, const float* keys, const float* values) {
           const auto l = static_cast<size_t>(layer);
           exact.EncodeLayer(layer, keys, values);
@@ -165,7 +186,53 @@ Result<Sequence> Calibrator::Capture(std::span<const int32_t> tokens, bool weigh
         nullptr));
     exact.Finish();
   }
+  if (weigh) {
+    attention_.End();
+    NoteImportance(rows);
+  }
   return rows;
+}
+
+void Calibrator::NoteImportance(const Sequence& rows) {
+  const auto layers = static_cast<size_t>(config_.layers);
+  for (size_t token = 0; token < rows.size() * kBlockTokens; ++token) {
+    const KltCoder::Rows& block = rows[token / kBlockTokens];
+    const size_t at = token % kBlockTokens * static_cast<size_t>(width_);
+    for (size_t l = 0; l < layers; ++l) {
+      const std::vector<float> features = ImportanceFeatures(
+          config_, std::span(block[l]).subspan(at, static_cast<size_t>(width_)));
+      features_.insert(features_.end(), features.begin(), features.end());
+      felt_.push_back(attention_.importance(static_cast<int>(l))[token]);
+    }
+  }
+}
+
+Status Calibrator::FitImportances() {
+  const auto layers = static_cast<size_t>(config_.layers);
+  for (const KltTransform& transform : pack_.transforms) {
+    std::vector<std::vector<float>>& of_transform = importance_.emplace_back();
+    for (const KltGroup& group : transform.groups) {
+      ImportanceSamples samples;
+      samples.features = 2 * group.layers.size();
+      for (size_t at = 0; at < felt_.size(); at += layers) {
+        float sum = 0;
+        bool known = true;
+        for (const int layer : group.layers) {
+          const float felt = felt_[at + static_cast<size_t>(layer)];
+          known = known && felt > 0;
+          sum += felt;
+        }
+        if (!known) continue;
+        samples.y.push_back(sum / static_cast<float>(group.layers.size()));
+        for (const int layer : group.layers) {
+          for (size_t part = 0; part < 2; ++part)
+            samples.x.push_back(features_[2 * (at + static_cast<size_t>(layer)) + part]);
+        }
+      }
+      KV_ASSIGN_OR_RETURN(of_transform.emplace_back(), FitImportance(samples));
+    }
+  }
+  return OkStatus();
 }
 
 EncodedBlocks Calibrator::Encoded(const Sequence& rows) {
@@ -245,19 +312,20 @@ Status Calibrator::Collect() {
         windows.size(), room, kMinWindows);
   }
   const size_t probe_every = windows.size() / kProbes;
+  const size_t weigh_every = std::max<size_t>(2, windows.size() / kWeighed);
   for (size_t i = 0; i < windows.size(); ++i) {
     EvalWindow& window = windows[i];
     const bool probe = i % probe_every == probe_every / 2;
-    KV_ASSIGN_OR_RETURN(Sequence rows, Capture(window.prefix, options_.weights.empty() && !probe &&
-                                                                  i % kWeighEvery == 0));
+    const bool weigh = !probe && i % weigh_every == 0;
+    Entering entering;
+    KV_ASSIGN_OR_RETURN(Sequence rows, Capture(window.prefix, weigh, &entering));
     if (probe) {
-      probes_.push_back({std::move(window.prefix), std::move(window.suffix), std::move(rows)});
+      probes_.push_back({std::move(window.prefix), std::move(window.suffix), std::move(rows),
+                         std::move(entering)});
       continue;
     }
-    for (size_t b = 0; b < rows.size(); ++b) {
-      fit_.Add(std::span(window.prefix).subspan(b * kBlockTokens, kBlockTokens),
-               static_cast<int>(b) * kBlockTokens, rows[b]);
-    }
+    for (size_t b = 0; b < rows.size(); ++b)
+      fit_.Add(static_cast<int>(b) * kBlockTokens, entering[b], rows[b]);
     if (i % 10 == 9) Say(fmt::format("{} of {} texts computed", i + 1, windows.size()).c_str());
   }
   return OkStatus();
@@ -276,7 +344,6 @@ void Calibrator::AddFloors() {
   }
 }
 
-// Those of a file are in nats already.
 Status Calibrator::ReadWeights() {
   KV_ASSIGN_OR_RETURN(KltWeights read, LoadKltWeights(options_.weights, config_.layers, width_));
   weights_ = std::move(read.layers);
@@ -286,17 +353,37 @@ Status Calibrator::ReadWeights() {
   return OkStatus();
 }
 
+// Of each token, in a layer's group.
+std::vector<int8_t> Calibrator::Finer(const Sequence& rows, int layer) const {
+  const std::vector<KltGroup>& groups = pack_.transforms[0].groups;
+  size_t g = 0;
+  while (std::find(groups[g].layers.begin(), groups[g].layers.end(), layer) ==
+         groups[g].layers.end())
+    ++g;
+  std::vector<int8_t> finer;
+  const auto width = static_cast<size_t>(width_);
+  for (const KltCoder::Rows& block : rows) {
+    for (size_t at = 0; at < kBlockTokens * width; at += width) {
+      std::vector<float> together;
+      for (const int of : groups[g].layers) {
+        const auto from = block[static_cast<size_t>(of)].begin() + static_cast<ptrdiff_t>(at);
+        together.insert(together.end(), from, from + width_);
+      }
+      finer.push_back(FinerOf(importance_[0][g], ImportanceFeatures(config_, together)));
+    }
+  }
+  return finer;
+}
+
 Status Calibrator::ScaleWeights() {
   const auto layers = static_cast<size_t>(config_.layers);
   const int parts[] = {0, key_width_, width_};
   std::vector<std::array<double, 2>> kl(layers, {0, 0});
   std::vector<std::array<double, 2>> noise(layers, {0, 0});  // weighted square of what was added
-  for (int l = 0; l < config_.layers; ++l) weights_.push_back(attention_.sum(l));
-  AddFloors();
-  pack_.weighed_by = "attention, scaled by probes";
   for (size_t probe = 0; probe < probes_.size(); ++probe) {
     const Sequence& exact = probes_[probe].exact;
     for (size_t l = 0; l < layers; ++l) {
+      const std::vector<int8_t> finer_of = Finer(exact, static_cast<int>(l));
       std::vector<Sequence> forms(2, exact);
       for (int part = 0; part < 2; ++part) {
         const int first = parts[part];
@@ -321,8 +408,10 @@ Status Calibrator::ScaleWeights() {
         for (size_t b = 0; b < form.size(); ++b) {
           for (int token = b == 0 ? kKltSinks : 0; token < kBlockTokens; ++token) {
             float* row = form[b][l].data() + static_cast<ptrdiff_t>(token) * width_ + first;
+            const auto finer = finer_of[b * kBlockTokens + static_cast<size_t>(token)];
+            const double own_step = step * std::exp2(-0.5 * finer);
             for (int i = 0; i < size; ++i) {
-              const double by = step * random_.Normal() /
+              const double by = own_step * random_.Normal() /
                                 std::sqrt(std::max(eigen.values[static_cast<size_t>(i)], 1e-30));
               for (int c = 0; c < size; ++c)
                 row[c] += static_cast<float>(by * eigen.vectors.At(i, c));
@@ -352,18 +441,20 @@ Status Calibrator::ScaleWeights() {
   return OkStatus();
 }
 
-Result<Sequence> Calibrator::Coded(const KltCoder& coder, std::span<const int32_t> tokens,
-                                   const Sequence& exact, double* bytes) const {
-  Sequence made(exact.size());
+Result<Sequence> Calibrator::Coded(const KltCoder& coder, const Probe& probe,
+                                   double* bytes) const {
+  const Sequence& exact = probe.exact;
+  const auto transform = static_cast<size_t>(&coder.transform() - pack_.transforms.data());
+  Sequence made = exact;  // of the layers that are not coded
   std::vector<Status> status(exact.size());
   std::vector<size_t> size(exact.size());
   pool_->ParallelFor(static_cast<int>(exact.size()), [&](int piece) {
     const auto b = static_cast<size_t>(piece);
-    const auto block = tokens.subspan(b * kBlockTokens, kBlockTokens);
+    const std::vector<float>& entering = probe.entering[b][transform];
     const int position = piece * kBlockTokens;
     KltCoder::Extents extents;
-    coder.Encode(block, position, exact[b], &extents);
-    KltReader reader(&coder, block, position);
+    coder.Encode(entering, position, exact[b], &extents);
+    KltReader reader(&coder, entering, position);
     for (size_t group = 0; group < coder.groups() && status[b].ok(); ++group) {
       std::vector<std::span<const std::byte>> of_group;
       for (const auto& of_cut : extents) {
@@ -381,14 +472,14 @@ Result<Sequence> Calibrator::Coded(const KltCoder& coder, std::span<const int32_
 }
 
 Result<std::vector<Calibrator::Point>> Calibrator::Measure(
-    std::span<const std::vector<size_t>> cuts) {
+    size_t transform, std::span<const std::vector<size_t>> cuts) {
   std::vector<Point> points(cuts.size());
   double elements = 0;
   for (const Probe& probe : probes_) {
     std::vector<Sequence> forms;
     for (size_t i = 0; i < cuts.size(); ++i) {
-      const KltCoder coder(&model_, &pack_, cuts[i]);
-      KV_ASSIGN_OR_RETURN(Sequence form, Coded(coder, probe.prefix, probe.exact, &points[i].bits));
+      const KltCoder coder(&model_, &pack_, cuts[i], transform);
+      KV_ASSIGN_OR_RETURN(Sequence form, Coded(coder, probe, &points[i].bits));
       forms.push_back(std::move(form));
     }
     KV_ASSIGN_OR_RETURN(const std::vector<double> found, Kl(probe.suffix, probe.exact, forms));
@@ -402,54 +493,58 @@ Result<std::vector<Calibrator::Point>> Calibrator::Measure(
 
 // Measures steps around the one that the pack was made at, and takes those that cost what is aimed
 // at, between them as powers of each other.
-Status Calibrator::ChooseCuts() {
+Status Calibrator::ChooseCuts(size_t transform) {
+  std::vector<KltCut>& tried = pack_.transforms[transform].cuts;
   std::vector<std::vector<size_t>> each;
-  for (size_t i = 0; i < pack_.cuts.size(); ++i) each.push_back({i});
-  KV_ASSIGN_OR_RETURN(const std::vector<Point> points, Measure(each));
+  for (size_t i = 0; i < tried.size(); ++i) each.push_back({i});
+  KV_ASSIGN_OR_RETURN(const std::vector<Point> points, Measure(transform, each));
   for (size_t i = 0; i < points.size(); ++i)
-    Tell(fmt::format("step {:.4g}", pack_.cuts[i].step), points[i]);
-  std::vector<KltCut> cuts;
-  for (const auto& [name, aim] : kCuts) {
+    Tell(fmt::format("step {:.4g}", tried[i].step), points[i]);
+  const auto step_for = [&](double aim) -> std::optional<float> {
     // What was not measured on both sides is not said.
-    if (aim < points.front().mean_kl || aim > points.back().mean_kl) continue;
+    if (aim < points.front().mean_kl || aim > points.back().mean_kl) return std::nullopt;
     size_t i = 1;
     while (points[i].mean_kl < aim) ++i;
     const double low = std::log(std::max(points[i - 1].mean_kl, 1e-12));
     const double high = std::log(std::max(points[i].mean_kl, 1e-12));
     const double share = high > low ? (std::log(aim) - low) / (high - low) : 0.5;
-    const auto step = static_cast<float>(std::pow(pack_.cuts[i - 1].step, 1 - share) *
-                                         std::pow(pack_.cuts[i].step, share));
-    if (!cuts.empty() && step <= cuts.back().step) continue;
-    cuts.push_back({std::string(name), step, static_cast<float>(aim)});
+    return static_cast<float>(std::pow(tried[i - 1].step, 1 - share) *
+                              std::pow(tried[i].step, share));
+  };
+  std::vector<KltCut> cuts;
+  for (const auto& [name, aim] : kCuts) {
+    std::optional<float> step = step_for(aim);
+    if (transform > 0) {
+      // The same cuts as of the first one; with a step of its own, if that was found.
+      const Result<size_t> first = pack_.FindCut(name);
+      if (!first.ok()) continue;
+      step = step.value_or(pack_.cuts()[*first].step);
+      if (!cuts.empty()) step = std::max(*step, 1.01F * cuts.back().step);
+    }
+    if (!step.has_value() || (!cuts.empty() && *step <= cuts.back().step)) continue;
+    cuts.push_back({std::string(name), *step, static_cast<float>(aim)});
   }
   if (cuts.empty()) {
     return InvalidArgument(
         "{}: no step between {:.2g} and {:.2g} costs from {} to {} nats: is this a trained model?",
-        options_.model, pack_.cuts.front().step, pack_.cuts.back().step, kCuts[0].second,
+        options_.model, tried.front().step, tried.back().step, kCuts[0].second,
         kCuts[std::size(kCuts) - 1].second);
   }
-  pack_.cuts = std::move(cuts);
-  for (const std::string_view name : kRefining) {
-    const Result<size_t> cut = pack_.FindCut(name);
-    if (cut.ok()) pack_.refining.push_back(*cut);
-  }
+  tried = std::move(cuts);
   return OkStatus();
 }
 
-// Tables of refinements, and what the cuts cost in the end, each alone and as refinements.
-Status Calibrator::FinishCuts() {
+// What the cuts cost in the end, each alone and as refinements.
+Status Calibrator::FinishCuts(size_t transform) {
+  std::vector<KltCut>& cuts = pack_.transforms[transform].cuts;
   std::vector<std::vector<size_t>> chains;
-  for (size_t cut = 0; cut < pack_.cuts.size(); ++cut) chains.push_back({cut});
-  if (pack_.refining.size() > 1) {
-    const std::vector<std::vector<size_t>> whole = {pack_.refining};
-    fit_.Count(whole, kKltFirstTables, kKltTables - kKltFirstTables);
-  }
+  for (size_t cut = 0; cut < cuts.size(); ++cut) chains.push_back({cut});
   for (size_t count = 2; count <= pack_.refining.size(); ++count)
     chains.emplace_back(pack_.refining.begin(),
                         pack_.refining.begin() + static_cast<ptrdiff_t>(count));
-  KV_ASSIGN_OR_RETURN(const std::vector<Point> points, Measure(chains));
+  KV_ASSIGN_OR_RETURN(const std::vector<Point> points, Measure(transform, chains));
   for (size_t i = 0; i < chains.size(); ++i) {
-    KltCut& cut = pack_.cuts[chains[i].back()];
+    KltCut& cut = cuts[chains[i].back()];
     Tell(chains[i].size() == 1 ? cut.name : cut.name + ", refined", points[i]);
     // What is declared holds for both.
     const auto found = static_cast<float>(points[i].mean_kl);
@@ -458,17 +553,39 @@ Status Calibrator::FinishCuts() {
   return OkStatus();
 }
 
+Status Calibrator::SetTransforms() {
+  pack_.transforms.push_back({0, KltGroups(config_, 0), {}, {}});
+  std::vector<int> recompute = options_.recompute;
+  if (recompute == std::vector<int>{-1}) recompute = {config_.layers / 3};
+  for (const int layers : recompute) {
+    if (layers == 0 && recompute.size() == 1) break;
+    if (layers <= pack_.transforms.back().recomputed || layers >= config_.layers - 1) {
+      return InvalidArgument(
+          "--recompute {}: give ascending numbers of layers from 1 to {}, or 0 for none",
+          fmt::join(recompute, ","), config_.layers - 2);
+    }
+    pack_.transforms.push_back({layers, KltGroups(config_, layers + 1), {}, {}});
+  }
+  return OkStatus();
+}
+
 Result<KltPack> Calibrator::Run() {
   pack_.width = width_;
   pack_.hidden = config_.hidden;
   pack_.layers = config_.layers;
-  pack_.groups = KltGroups(config_);
+  KV_RETURN_IF_ERROR(SetTransforms());
   pack_.model = ToHex(model_.digest());
   // First, so that a wrong file of weights is found before the work.
   if (!options_.weights.empty()) KV_RETURN_IF_ERROR(ReadWeights());
   KV_RETURN_IF_ERROR(Collect());
   Say("collected");
-  if (options_.weights.empty()) KV_RETURN_IF_ERROR(ScaleWeights());
+  KV_RETURN_IF_ERROR(FitImportances());
+  if (options_.weights.empty()) {
+    for (int l = 0; l < config_.layers; ++l) weights_.push_back(attention_.sum(l));
+    AddFloors();
+    pack_.weighed_by = "attention";
+  }
+  KV_RETURN_IF_ERROR(ScaleWeights());
   std::vector<std::string> names;
   for (const std::string& file : options_.texts)
     names.push_back(std::filesystem::path(file).filename().string());
@@ -479,18 +596,31 @@ Result<KltPack> Calibrator::Run() {
       rounded.push_back(kernels::FromBf16(kernels::ToBf16(static_cast<float>(value))));
   }
   pack_.sink_step = kSinkStep * step_;
-  KV_RETURN_IF_ERROR(fit_.FitBases(kSourceStep * step_, kLeast * step_));
+  KV_RETURN_IF_ERROR(fit_.FitBases(importance_, kSourceStep * step_, kLeast * step_));
   Say("fitted the transforms");
-  pack_.cuts.clear();
+  std::vector<KltCut> tried;
   std::vector<std::vector<size_t>> each;
   for (const float by : kTried) {
-    each.push_back({pack_.cuts.size()});
-    pack_.cuts.push_back({"", step_ * by, 0});
+    each.push_back({tried.size()});
+    tried.push_back({"", step_ * by, 0});
   }
+  for (KltTransform& transform : pack_.transforms) transform.cuts = tried;
   fit_.Count(each, 0, kKltFirstTables);
   Say("counted levels");
-  KV_RETURN_IF_ERROR(ChooseCuts());
-  KV_RETURN_IF_ERROR(FinishCuts());
+  for (size_t t = 0; t < pack_.transforms.size(); ++t) {
+    Say(fmt::format("trying steps with {} layers recomputed", pack_.transforms[t].recomputed)
+            .c_str());
+    KV_RETURN_IF_ERROR(ChooseCuts(t));
+  }
+  for (const std::string_view name : kRefining) {
+    const Result<size_t> cut = pack_.FindCut(name);
+    if (cut.ok()) pack_.refining.push_back(*cut);
+  }
+  if (pack_.refining.size() > 1) {
+    const std::vector<std::vector<size_t>> whole = {pack_.refining};
+    fit_.Count(whole, kKltFirstTables, kKltTables - kKltFirstTables);
+  }
+  for (size_t t = 0; t < pack_.transforms.size(); ++t) KV_RETURN_IF_ERROR(FinishCuts(t));
   Say("chose the cuts");
   KV_RETURN_IF_ERROR(SaveKltPack(options_.out, model_, &pack_));
   return std::move(pack_);
@@ -509,9 +639,12 @@ Result<int> Calibrate(const CalibrateOptions& options) {
   KV_ASSIGN_OR_RETURN(const KltPack pack, calibrator.Run());
   std::printf("%s: %.1f MB, made of %d tokens\n", options.out.c_str(),
               static_cast<double>(pack.file_bytes) / 1e6, calibrator.tokens());
-  for (const KltCut& cut : pack.cuts) {
-    std::printf("  cut %-6s  step %.4g, mean KL %.1e\n", cut.name.c_str(),
-                static_cast<double>(cut.step), static_cast<double>(cut.mean_kl));
+  for (const KltTransform& transform : pack.transforms) {
+    for (const KltCut& cut : transform.cuts) {
+      std::printf("  %d layers recomputed, cut %-6s  step %.4g, mean KL %.1e\n",
+                  transform.recomputed, cut.name.c_str(), static_cast<double>(cut.step),
+                  static_cast<double>(cut.mean_kl));
+    }
   }
   return 0;
 }

@@ -103,12 +103,15 @@ Status Decoder::ForwardBlock(const PrefillBlock& block, const LayerSink& sink, b
   for (int row = 0; row < tokens; ++row) {
     model_->Embed(block.tokens[static_cast<size_t>(row)], a_.Row(a_.x, row, config.hidden));
   }
-  for (int layer = 0; layer < config.layers; ++layer) {
+  const int last = block.last_layer >= 0 ? block.last_layer : config.layers - 1;
+  KV_CHECK(last + 1 == config.layers || (last < config.layers && !to_the_end));
+  for (int layer = 0; layer <= last; ++layer) {
+    if (block.entering != nullptr) (*block.entering)(layer, a_.x.data());
     a_.ProjectState(layer, Pass::kPrefill, positions);
     KV_RETURN_IF_ERROR(sink(layer, a_.k.data(), a_.v.data()));
     if (block.queries != nullptr) (*block.queries)(layer, a_.q.data());
     // Nobody reads what the last layer would add to the stream, unless for logits.
-    if (layer + 1 == config.layers && !to_the_end) break;
+    if (layer == last && !to_the_end) break;
 
     const int first_block = config.FirstVisible(layer, block.position) / kBlockTokens;
     tiles_.clear();

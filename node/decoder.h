@@ -68,13 +68,19 @@ class OpenTile {
 // Takes a layer's queries (rope applied), [tokens][q_heads][KeyDim], valid for the call.
 using QuerySink = std::function<void(int layer, const float* queries)>;
 
+// Takes what enters a layer, [tokens][hidden] of the residual stream, valid for the call.
+using EnteringSink = std::function<void(int layer, const float* x)>;
+
 // A block to compute. REQUIRES: past->tokens() == position and a multiple of kBlockTokens; tokens
 // inside the vocabulary; position + tokens.size() <= max_positions.
 struct PrefillBlock {
   std::span<const int32_t> tokens;  // 1..kBlockTokens
   int position = 0;                 // of the first token
   PastBlocks* past = nullptr;
-  const QuerySink* queries = nullptr;  // nullptr: nobody looks at them
+  const QuerySink* queries = nullptr;      // nullptr: nobody looks at them
+  const EnteringSink* entering = nullptr;  // likewise
+  // Whose state is the last that is computed; no logits then. -1: the model's last.
+  int last_layer = -1;
 };
 
 // Takes a layer's keys (rope applied) and values, or rope keys and latents, as they are computed:

@@ -118,8 +118,9 @@ Status AddCoder(CoderContext* context, const std::string& name,
     there[found == own.end() ? 0 : static_cast<size_t>(found - own.begin())] = true;
   }
   for (size_t wire = 0; wire < own.size(); ++wire) {
-    if (there[wire])
-      plan->settings.push_back({decoded, own[wire], decoded->FullCuts(), &coder, wire});
+    if (!there[wire]) continue;
+    plan->settings.push_back({decoded, own[wire].substr(0, own[wire].find('@')),
+                              decoded->FullCuts(), &coder, wire, coder.recomputed_layers(wire)});
   }
   return OkStatus();
 }

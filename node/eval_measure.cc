@@ -137,6 +137,7 @@ Result<Evaluator::Forms> Evaluator::ComputeForms(std::span<const int32_t> prefix
     if (sources_[i].coder != nullptr && !state.has_value()) {
       state.emplace(model_.config(), prefix, 0);
     }
+    if (sources_[i].coder != nullptr) state->KeepEntering(sources_[i].coder->entering_layers());
   }
   KV_RETURN_IF_ERROR(
       PrefillBlocks(&decoder_, prefix, &forms.exact, lossy, state.has_value() ? &*state : nullptr));

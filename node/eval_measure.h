@@ -31,6 +31,7 @@ struct EvalSetting {
   const StateCoder* coder =
       nullptr;            // the same object for its settings; nullptr: the class's codec
   size_t coder_wire = 0;  // index into coder->wires()
+  int recomputed_layers = 0;
 
   std::string_view codec() const {
     return coder != nullptr ? coder->name() : block_class->codec().name;

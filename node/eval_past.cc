@@ -72,12 +72,14 @@ Status PrefillBlocks(Decoder* decoder, std::span<const int32_t> tokens, EncodedB
     state->ObserveQueries(layer, queries, kBlockTokens, config.q_heads);
   };
   for (size_t at = 0; at < tokens.size(); at += kBlockTokens) {
+    const EnteringSink enter = [&](int layer, const float* x) { state->SetEntering(layer, at, x); };
     for (EncodedBlocks* blocks : all) blocks->Begin();
     const bool last = at + kBlockTokens == tokens.size();
     const bool observed = state != nullptr && last && !config.latent.has_value();
     KV_RETURN_IF_ERROR(decoder->Prefill(
         {tokens.subspan(at, kBlockTokens), static_cast<int>(at), &past,
-         observed ? &observe : nullptr},
+         observed ? &observe : nullptr,
+         state != nullptr && state->keeps_entering() ? &enter : nullptr},
         [&](int layer, const float* keys, const float* values) {
           for (EncodedBlocks* blocks : all) blocks->EncodeLayer(layer, keys, values);
           if (state != nullptr) state->SetBlock(layer, at, keys, values);
@@ -96,8 +98,10 @@ Status PrefillCoded(Decoder* decoder, const ModelConfig& config, std::span<const
   for (size_t at = 0; at < tokens.size(); at += kBlockTokens) {
     const auto ids = tokens.subspan(at, kBlockTokens);
     PrefixState state(config, ids, static_cast<int>(at));
+    state.KeepEntering(coder.entering_layers());
+    const EnteringSink enter = [&](int layer, const float* x) { state.SetEntering(layer, 0, x); };
     KV_RETURN_IF_ERROR(decoder->Prefill(
-        {ids, static_cast<int>(at), &past},
+        {ids, static_cast<int>(at), &past, nullptr, &enter},
         [&](int layer, const float* keys, const float* values) {
           state.SetBlock(layer, 0, keys, values);
           return OkStatus();

@@ -122,7 +122,7 @@ class Plot {
         floor_ = setting.read.mean_kl.value;
         continue;
       }
-      const std::string label = setting.codec + " " + setting.wire;
+      const std::string label = setting.codec + " " + WireName(setting);
       if (setting.read.mean_kl.value <= 0) {
         without_loss_.push_back(fmt::format("{} ({:.1f} bits)", label, setting.bits_per_element));
         continue;

@@ -169,9 +169,9 @@ std::string PasskeyTable(const EvalSummary& summary) {
                   summary.passkey_prompts) +
       head + "\n" + PasskeyLine("exact", "", "", exact);
   for (const SettingSummary& setting : summary.all.settings) {
-    table += PasskeyLine(setting.codec, setting.wire, "read", setting.read);
+    table += PasskeyLine(setting.codec, WireName(setting), "read", setting.read);
     if (!setting.in_class.has_value()) continue;
-    table += PasskeyLine(setting.codec, setting.wire, "class", *setting.in_class);
+    table += PasskeyLine(setting.codec, WireName(setting), "class", *setting.in_class);
   }
   return table;
 }
@@ -207,6 +207,7 @@ WindowsSummary SummarizeWindows(const EvalKind& kind, std::span<const EvalSettin
     SettingSummary& setting = summary.settings.emplace_back();
     setting.codec = settings[i].codec();
     setting.wire = settings[i].wire;
+    setting.recomputed_layers = settings[i].recomputed_layers;
     // bf16 has 2 bytes an element.
     const double elements = static_cast<double>(block_class.Bf16BytesPerToken()) / 2 * kBlockTokens;
     if (settings[i].coder != nullptr) {
@@ -237,7 +238,7 @@ std::string FormsTable(const WindowsSummary& summary) {
       "", "bits", "ratio", "mean KL", "", "p99 KL", "top-1", "perplex.", "copy", "pass");
   table += FormLine("exact", "", "", "", "", summary.exact);
   for (const SettingSummary& setting : summary.settings) {
-    table += FormLine(setting.codec, setting.wire, "read",
+    table += FormLine(setting.codec, WireName(setting), "read",
                       fmt::format("{:.2f}", setting.bits_per_element),
                       fmt::format("{:.2f}", setting.ratio), setting.read);
     if (!setting.in_class.has_value()) continue;
@@ -313,6 +314,7 @@ nlohmann::json EvalJson(const EvalSummary& summary) {
     if (setting.in_class.has_value()) AddPasskeys(&object["class"], *setting.in_class);
     object["codec"] = setting.codec;
     object["wire"] = setting.wire;
+    object["recomputed_layers"] = setting.recomputed_layers;
     object["mode"] = "read";
     object["table_bytes"] = setting.table_bytes;
     object["kinds"] = nullptr;
@@ -325,6 +327,12 @@ nlohmann::json EvalJson(const EvalSummary& summary) {
     list.push_back(std::move(object));
   }
   return list;
+}
+
+std::string WireName(const SettingSummary& setting) {
+  return setting.recomputed_layers == 0
+             ? setting.wire
+             : fmt::format("{}@{}", setting.wire, setting.recomputed_layers);
 }
 
 std::string EvalTable(const EvalSummary& summary) {

@@ -48,6 +48,7 @@ struct FormSummary {
 struct SettingSummary {
   std::string codec;
   std::string wire;
+  int recomputed_layers = 0;    // by the reader
   double payload_bits = 0;      // an element: what is read of payloads
   double bits_per_element = 0;  // with manifests and keys
   double ratio = 0;             // 16 / bits_per_element
@@ -55,6 +56,9 @@ struct SettingSummary {
   FormSummary read;
   std::optional<FormSummary> in_class;
 };
+
+// As a StateCoder names it.
+std::string WireName(const SettingSummary& setting);
 
 // Over some windows.
 struct WindowsSummary {

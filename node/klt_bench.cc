@@ -27,6 +27,7 @@ double SecondsSince(TimePoint started) { return Seconds(SteadyClock().Now() - st
 // A prefix's state and what it took to compute.
 struct Computed {
   std::vector<KltCoder::Rows> rows;  // [block]
+  std::vector<std::vector<float>> entering;  // [block]
   double seconds = 0;
 };
 
@@ -34,12 +35,17 @@ Result<Computed> Compute(const Model& model, Decoder* decoder, std::span<const i
   const BlockClass exact_class(&model, &kernels::kRawBf16Codec, {});
   EncodedBlocks exact(&exact_class);
   PrefixState state(model.config(), tokens, 0);
+  state.KeepEntering(std::vector<int>{0});
   const TimePoint started = SteadyClock().Now();
   KV_RETURN_IF_ERROR(PrefillBlocks(decoder, tokens, &exact, {}, &state));
   Computed computed;
   computed.seconds = SecondsSince(started);
   const auto width = static_cast<size_t>(StateWidth(model.config()));
+  const auto hidden = static_cast<size_t>(model.config().hidden);
   for (int at = 0; at < state.tokens(); at += kBlockTokens) {
+    const auto entering =
+        state.entering(0).subspan(static_cast<size_t>(at) * hidden, kBlockTokens * hidden);
+    computed.entering.emplace_back(entering.begin(), entering.end());
     KltCoder::Rows& block = computed.rows.emplace_back();
     for (int layer = 0; layer < state.layers(); ++layer) {
       GatherState(model, layer, at, kBlockTokens,
@@ -75,11 +81,11 @@ Result<int> BenchKlt(const KltBenchOptions& options) {
     size_t bytes = 0;
   };
   std::vector<Row> rows;
-  for (size_t cut = 0; cut < pack.cuts.size(); ++cut)
-    rows.push_back({pack.cuts[cut].name, {model.get(), &pack, {cut}}});
+  for (size_t cut = 0; cut < pack.cuts().size(); ++cut)
+    rows.push_back({pack.cuts()[cut].name, {model.get(), &pack, {cut}}});
   if (pack.refining.size() > 1) {
     rows.push_back(
-        {pack.cuts[pack.refining.back()].name + ", refined", {model.get(), &pack, pack.refining}});
+        {pack.cuts()[pack.refining.back()].name + ", refined", {model.get(), &pack, pack.refining}});
   }
   double prefill_s = std::numeric_limits<double>::max();
   for (int round = 0; round < kRounds; ++round) {
@@ -89,7 +95,7 @@ Result<int> BenchKlt(const KltBenchOptions& options) {
       std::vector<KltCoder::Extents> coded(computed.rows.size());
       TimePoint started = SteadyClock().Now();
       for (size_t b = 0; b < coded.size(); ++b) {
-        row.coder.Encode(block_of(b), static_cast<int>(b) * kBlockTokens, computed.rows[b],
+        row.coder.Encode(computed.entering[b], static_cast<int>(b) * kBlockTokens, computed.rows[b],
                          &coded[b]);
       }
       row.encode_s = std::min(row.encode_s, SecondsSince(started));
@@ -97,7 +103,8 @@ Result<int> BenchKlt(const KltBenchOptions& options) {
       row.bytes = 0;
       started = SteadyClock().Now();
       for (size_t b = 0; b < coded.size(); ++b) {
-        KltReader reader(&row.coder, block_of(b), static_cast<int>(b) * kBlockTokens);
+        KltReader reader(&row.coder, row.coder.Embeddings(block_of(b)),
+                         static_cast<int>(b) * kBlockTokens);
         for (size_t group = 0; group < row.coder.groups(); ++group) {
           std::vector<std::span<const std::byte>> extents;
           for (const auto& of_cut : coded[b]) {

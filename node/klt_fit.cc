@@ -49,39 +49,61 @@ Result<Roots> RootsOf(const std::vector<float>& weight, int width) {
   return Roots{power(0.5), power(-0.5)};
 }
 
+std::vector<uint16_t> Halves(std::span<const float> from) {
+  std::vector<uint16_t> halves;
+  halves.reserve(from.size());
+  for (const float number : from) halves.push_back(kernels::ToBf16(number));
+  return halves;
+}
+std::vector<float> Floats(std::span<const uint16_t> from) {
+  std::vector<float> floats;
+  floats.reserve(from.size());
+  for (const uint16_t number : from) floats.push_back(kernels::FromBf16(number));
+  return floats;
+}
+
 void Add(const Matrix& from, Matrix* to) {
   for (size_t i = 0; i < to->values.size(); ++i) to->values[i] += from.values[i];
 }
 
 }  // namespace
 
-void KltFit::Add(std::span<const int32_t> tokens, int position, const KltCoder::Rows& rows) {
+void KltFit::Add(int position, std::span<const std::vector<float>> entering,
+                 const KltCoder::Rows& rows) {
+  KV_CHECK(entering.size() == pack_.transforms.size());
   Block& block = blocks_.emplace_back();
-  block.tokens.assign(tokens.begin(), tokens.end());
   block.position = position;
-  block.first.resize(pack_.groups.size());
-  const auto width = static_cast<size_t>(pack_.width);
-  for (const KltGroup& group : pack_.groups) {
-    std::vector<uint16_t>& together = block.rows.emplace_back();
-    together.reserve(kBlockTokens * width * group.layers.size());
-    for (size_t token = 0; token < kBlockTokens; ++token) {
-      for (const int layer : group.layers) {
-        const float* row = rows[static_cast<size_t>(layer)].data() + token * width;
-        for (size_t i = 0; i < width; ++i) together.push_back(kernels::ToBf16(row[i]));
-      }
-    }
-  }
+  for (const std::vector<float>& of_transform : entering)
+    block.normalized.push_back(Halves(KltCoder::Normalized(of_transform, pack_.hidden)));
+  for (const std::vector<float>& of_layer : rows) block.rows.push_back(Halves(of_layer));
 }
 
-std::vector<float> KltFit::RowsOf(const Block& block, size_t group) const {
-  std::vector<float> rows;
-  rows.reserve(block.rows[group].size());
-  for (const uint16_t value : block.rows[group]) rows.push_back(kernels::FromBf16(value));
-  return rows;
+std::vector<float> KltFit::RowsOf(const KltCoder& coder, const Block& block, size_t group) {
+  KltCoder::Rows rows(block.rows.size());
+  for (const int layer : coder.transform().groups[group].layers)
+    rows[static_cast<size_t>(layer)] = Floats(block.rows[static_cast<size_t>(layer)]);
+  return coder.Gathered(group, rows);
+}
+
+std::vector<float> KltFit::InputsOf(const KltCoder& coder, const Block& block, size_t group,
+                                    std::span<const std::vector<float>> first) const {
+  const auto transform = static_cast<size_t>(&coder.transform() - pack_.transforms.data());
+  return coder.Inputs(group, Floats(block.normalized[transform]), first);
+}
+
+void KltFit::Code(const KltCoder& coder, const Block& block, size_t group,
+                  std::span<const std::vector<float>> first, const KltCoder::Watch* watch,
+                  KltCoder::Code* code) const {
+  std::vector<float> left = RowsOf(coder, block, group);
+  const std::vector<int8_t> finer = coder.Finer(group, left);
+  const std::vector<float> predicted =
+      coder.Predict(group, InputsOf(coder, block, group, first), block.position);
+  for (size_t i = 0; i < left.size(); ++i) left[i] -= predicted[i];
+  coder.CodeGroup(group, block.position, left, finer, code, watch);
 }
 
 KltFit::Moments KltFit::MomentsOf(const KltCoder& coder, size_t group) const {
-  const KltBasis& basis = pack_.bases[group];
+  const KltBasis& basis = coder.transform().bases[group];
   const int inputs = basis.inputs + 1;
   const int panels = static_cast<int>((blocks_.size() + kPanelBlocks - 1) / kPanelBlocks);
   Moments sums(inputs, basis.width);
@@ -97,9 +119,8 @@ KltFit::Moments KltFit::MomentsOf(const KltCoder& coder, size_t group) const {
       const size_t begin = static_cast<size_t>(panel) * kPanelBlocks;
       for (size_t b = begin; b < std::min(begin + kPanelBlocks, blocks_.size()); ++b) {
         const Block& block = blocks_[b];
-        const std::vector<float> of_block =
-            coder.Inputs(group, coder.Embeddings(block.tokens), block.first);
-        const std::vector<float> rows = RowsOf(block, group);
+        const std::vector<float> of_block = InputsOf(coder, block, group, block.first);
+        const std::vector<float> rows = RowsOf(coder, block, group);
         for (int token = block.position == 0 ? kKltSinks : 0; token < kBlockTokens; ++token) {
           const auto at = of_block.begin() + static_cast<ptrdiff_t>(token) * basis.inputs;
           z.insert(z.end(), at, at + basis.inputs);
@@ -123,7 +144,8 @@ KltFit::Moments KltFit::MomentsOf(const KltCoder& coder, size_t group) const {
   return sums;
 }
 
-Status KltFit::Solve(Moments moments, size_t group, float least, KltBasis* basis) const {
+Status KltFit::Solve(Moments moments, const KltGroup& group, float least,
+                     KltBasis* basis) const {
   const int width = basis->width;
   const int inputs = basis->inputs + 1;
   // Ridge regression. The parts of the input differ in scale: each is held by its own square.
@@ -154,7 +176,7 @@ Status KltFit::Solve(Moments moments, size_t group, float least, KltBasis* basis
       left.At(a, b) += squared.At(a, b) - explained.At(a, b) - explained.At(b, a);
   }
   // Into the space where an error costs the same in every direction, layer by layer.
-  const auto& layers = pack_.groups[group].layers;
+  const auto& layers = group.layers;
   std::vector<Roots> roots;
   for (const int layer : layers) {
     KV_ASSIGN_OR_RETURN(roots.emplace_back(),
@@ -219,8 +241,9 @@ void KltFit::Finish(const KltCoder& coder, size_t group, KltBasis* basis) {
   for (const Block& block : blocks_) {
     if (block.position != 0) continue;
     ++sequences;
+    const std::vector<float> rows = RowsOf(coder, block, group);
     for (size_t i = 0; i < width; ++i)
-      first_rows[i] += static_cast<double>(kernels::FromBf16(block.rows[group][i]));
+      first_rows[i] += static_cast<double>(rows[i]);
   }
   basis->sink_bias.clear();
   for (const double sum : first_rows)
@@ -233,12 +256,8 @@ void KltFit::Finish(const KltCoder& coder, size_t group, KltBasis* basis) {
   std::mutex mutex;
   pool_->ParallelFor(static_cast<int>(blocks_.size()), [&](int b) {
     Block& block = blocks_[static_cast<size_t>(b)];
-    std::vector<float> left = RowsOf(block, group);
-    const std::vector<float> predicted = coder.Predict(
-        group, coder.Inputs(group, coder.Embeddings(block.tokens), block.first), block.position);
-    for (size_t i = 0; i < left.size(); ++i) left[i] -= predicted[i];
     KltCoder::Code code;
-    coder.CodeGroup(group, block.position, left, &code, nullptr);
+    Code(coder, block, group, block.first, nullptr, &code);
     block.first[group] = std::move(code.first);
     if (block.position != 0) return;
     const std::lock_guard<std::mutex> lock(mutex);
@@ -252,19 +271,24 @@ void KltFit::Finish(const KltCoder& coder, size_t group, KltBasis* basis) {
   }
 }
 
-Status KltFit::FitBases(float step, float least) {
+Status KltFit::FitBases(std::span<const std::vector<std::vector<float>>> importance, float step,
+                        float least) {
   if (blocks_.empty()) return InvalidArgument("there is no block to fit a codec pack to");
-  pack_.bases.clear();
-  pack_.cuts = {{"", step, 0}};
-  const KltCoder coder(&model_, &pack_, {0});
-  for (size_t group = 0; group < pack_.groups.size(); ++group) {
-    KltBasis& basis = pack_.bases.emplace_back();
-    basis.width = pack_.width * static_cast<int>(pack_.groups[group].layers.size());
-    basis.inputs = pack_.hidden;
-    for (const int source : pack_.groups[group].sources)
-      basis.inputs += SourceCoefficients(pack_.bases[static_cast<size_t>(source)]);
-    KV_RETURN_IF_ERROR(Solve(MomentsOf(coder, group), group, least, &basis));
-    Finish(coder, group, &basis);
+  for (size_t t = 0; t < pack_.transforms.size(); ++t) {
+    KltTransform& transform = pack_.transforms[t];
+    transform.cuts = {{"", step, 0}};
+    const KltCoder coder(&model_, &pack_, {0}, t);
+    for (Block& block : blocks_) block.first.assign(transform.groups.size(), {});
+    for (size_t group = 0; group < transform.groups.size(); ++group) {
+      const int inputs = node::InputsOf(pack_, transform, group);
+      KltBasis& basis = transform.bases.emplace_back();
+      basis.width = pack_.width * static_cast<int>(transform.groups[group].layers.size());
+      basis.inputs = inputs;
+      basis.importance = importance[t][group];
+      KV_RETURN_IF_ERROR(
+          Solve(MomentsOf(coder, group), transform.groups[group], least, &basis));
+      Finish(coder, group, &basis);
+    }
   }
   return OkStatus();
 }
@@ -280,8 +304,10 @@ struct KltFit::Counts {
 
 std::unique_ptr<KltFit::Counts> KltFit::CountOnce(std::span<const std::vector<size_t>> cuts) const {
   std::vector<std::unique_ptr<KltCoder>> coders;
-  for (const std::vector<size_t>& of : cuts)
-    coders.push_back(std::make_unique<KltCoder>(&model_, &pack_, of));
+  for (size_t t = 0; t < pack_.transforms.size(); ++t) {
+    for (const std::vector<size_t>& of : cuts)
+      coders.push_back(std::make_unique<KltCoder>(&model_, &pack_, of, t));
+  }
   const KltLevels levels(pack_.statistics);
   const size_t every = std::max<size_t>(1, blocks_.size() / kCounted);
   const size_t counted = blocks_.size() / every;
@@ -291,7 +317,6 @@ std::unique_ptr<KltFit::Counts> KltFit::CountOnce(std::span<const std::vector<si
     const Block& block = blocks_[static_cast<size_t>(piece) * every];
     auto own = std::make_unique<Counts>();
     for (const std::unique_ptr<KltCoder>& coder : coders) {
-      const std::vector<float> embeddings = coder->Embeddings(block.tokens);
       std::vector<std::vector<float>> first;
       KltCoder::Code code;
       const KltCoder::Watch watch = [&](size_t cut, const KltCoder::Code& of) {
@@ -307,12 +332,8 @@ std::unique_ptr<KltFit::Counts> KltFit::CountOnce(std::span<const std::vector<si
           ++mean.count;
         }
       };
-      for (size_t group = 0; group < pack_.groups.size(); ++group) {
-        std::vector<float> left = RowsOf(block, group);
-        const std::vector<float> predicted =
-            coder->Predict(group, coder->Inputs(group, embeddings, first), block.position);
-        for (size_t i = 0; i < left.size(); ++i) left[i] -= predicted[i];
-        coder->CodeGroup(group, block.position, left, &code, &watch);
+      for (size_t group = 0; group < coder->groups(); ++group) {
+        Code(*coder, block, group, first, &watch, &code);
         first.push_back(std::move(code.first));
       }
     }

@@ -15,30 +15,33 @@
 
 namespace kvant::node {
 
-// Single-owner; borrows all. The pack has its geometry, weights and sink step.
+// Single-owner; borrows all. The pack has its geometry, weights and sink step, and transforms
+// without bases.
 class KltFit {
  public:
   KltFit(const Model* model, kernels::ThreadPool* pool, KltPack* pack)
       : model_(*model), pool_(pool), pack_(*pack) {}
 
-  // A block to fit to. rows: [layer][kBlockTokens][width].
-  void Add(std::span<const int32_t> tokens, int position, const KltCoder::Rows& rows);
+  // A block to fit to. entering: [transform], as of KltCoder::Encode. rows:
+  // [layer][kBlockTokens][width].
+  void Add(int position, std::span<const std::vector<float>> entering, const KltCoder::Rows& rows);
   size_t blocks() const { return blocks_.size(); }
 
-  // Sets pack->bases. Coefficients of less than `least` are left out; sources are coded with
+  // Sets all transforms' bases. importance: [transform][group], KltBasis's. Coefficients of less than `least` are left out; sources are coded with
   // `step`. kInvalidArgument: the rows don't suffice, or are not finite.
-  Status FitBases(float step, float least);
-  // Counts the levels of a part of the blocks at each of the coders' cuts, twice: rounded to the
-  // nearest, then by what that costs; and sets the tables from `first_table` on, `count` of them.
-  // cuts: of pack->cuts, as of KltCoder.
+  Status FitBases(std::span<const std::vector<std::vector<float>>> importance, float step,
+                  float least);
+  // Counts the levels of a part of the blocks at each of the coders' cuts, by all transforms, twice:
+  // rounded to the nearest, then by what that costs; and sets the tables from `first_table` on,
+  // `count` of them. cuts: of pack->cuts, as of KltCoder.
   void Count(std::span<const std::vector<size_t>> cuts, size_t first_table, size_t count);
 
  private:
   struct Block {
-    std::vector<int32_t> tokens;
     int position = 0;
-    std::vector<std::vector<uint16_t>> rows;  // [group][kBlockTokens][KltBasis::width], bf16
-    std::vector<std::vector<float>> first;    // [group], as KltCoder::Code
+    std::vector<std::vector<uint16_t>> normalized;  // [transform], KltCoder::Normalized in bf16
+    std::vector<std::vector<uint16_t>> rows;        // [layer][kBlockTokens][width], bf16
+    std::vector<std::vector<float>> first;          // [group], as KltCoder::Code
   };
   // Sums over tokens, of a predictor's inputs z (the last one 1) and rows x.
   struct Moments {
@@ -51,10 +54,17 @@ class KltFit {
   struct Counts;
   std::unique_ptr<Counts> CountOnce(std::span<const std::vector<size_t>> cuts) const;
 
-  std::vector<float> RowsOf(const Block& block, size_t group) const;
+  // Those below are of a coder's transform.
+  static std::vector<float> RowsOf(const KltCoder& coder, const Block& block, size_t group);
+  std::vector<float> InputsOf(const KltCoder& coder, const Block& block, size_t group,
+                              std::span<const std::vector<float>> first) const;
+  // A group as CodeGroup codes it.
+  void Code(const KltCoder& coder, const Block& block, size_t group,
+            std::span<const std::vector<float>> first, const KltCoder::Watch* watch,
+            KltCoder::Code* code) const;
   Moments MomentsOf(const KltCoder& coder, size_t group) const;
   // Sets everything of a basis but what sinks need.
-  Status Solve(Moments moments, size_t group, float least, KltBasis* basis) const;
+  Status Solve(Moments moments, const KltGroup& group, float least, KltBasis* basis) const;
   // Sets what sinks need, and what the group's first coefficients are in all blocks.
   void Finish(const KltCoder& coder, size_t group, KltBasis* basis);
 

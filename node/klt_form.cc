@@ -37,7 +37,8 @@ class KltForm final : public StoredForm {
                   block.values[l].data(), row.data());
     }
     KltCoder::Extents extents;
-    coder_.Encode(block.tokens, block.position, rows, &extents);
+    const std::vector<float> embeddings = coder_.Embeddings(block.tokens);
+    coder_.Encode(embeddings, block.position, rows, &extents);
     out->manifest = {};
     out->manifest.key = block.key;
     out->manifest.codec = tag();
@@ -54,7 +55,7 @@ class KltForm final : public StoredForm {
       }
     }
     // Attended is what a reader gets, by whoever computed it as well.
-    KltReader reader(&coder_, block.tokens, block.position);
+    KltReader reader(&coder_, embeddings, block.position);
     for (size_t group = 0; group < coder_.groups(); ++group) {
       std::vector<std::span<const std::byte>> of_group;
       for (const auto& of_cut : extents) of_group.emplace_back(of_cut[group]);
@@ -73,7 +74,7 @@ class KltForm final : public StoredForm {
     Reader(const KltForm& form, const BlockToRead& block)
         : form_(form),
           block_(block),
-          reader_(&form.coder_, block.tokens, block.position),
+          reader_(&form.coder_, form.coder_.Embeddings(block.tokens), block.position),
           arrived_(form.coder_.groups()),
           read_(form.coder_.groups()) {}
 
@@ -82,7 +83,7 @@ class KltForm final : public StoredForm {
       arrived_[layer] = true;
       // Sources come before those they predict, in the order of groups.
       for (size_t group = 0; group < arrived_.size(); ++group) {
-        const KltGroup& of = form_.pack_->groups[group];
+        const KltGroup& of = form_.pack_->transforms[0].groups[group];
         const bool can = std::all_of(of.sources.begin(), of.sources.end(), [&](int source) {
           return read_[static_cast<size_t>(source)];
         });
@@ -123,10 +124,10 @@ class KltForm final : public StoredForm {
     facts.lossy = true;
     facts.numerics = fmt::format("/klt-{:.16}", ToHex(pack.digest));
     for (size_t cut = 0; cut < cuts.size(); ++cut) {
-      facts.numerics += "-" + pack.cuts[cuts[cut]].name;
-      facts.cut_names.push_back(pack.cuts[cuts[cut]].name);
-      facts.cut_errors.push_back(pack.cuts[cuts[cut]].mean_kl);
-      for (size_t group = 0; group < pack.groups.size(); ++group) {
+      facts.numerics += "-" + pack.cuts()[cuts[cut]].name;
+      facts.cut_names.push_back(pack.cuts()[cuts[cut]].name);
+      facts.cut_errors.push_back(pack.cuts()[cuts[cut]].mean_kl);
+      for (size_t group = 0; group < pack.transforms[0].groups.size(); ++group) {
         StoredRow row;
         row.part = static_cast<uint8_t>(Part::kState);
         row.cut = static_cast<uint8_t>(cut);
@@ -135,11 +136,11 @@ class KltForm final : public StoredForm {
         row.min_bytes = kOfExtent;
         row.max_bytes =
             kOfExtent +
-            kMostOfLevel * static_cast<uint64_t>(kBlockTokens * pack.bases[group].coefficients);
+            kMostOfLevel * static_cast<uint64_t>(kBlockTokens * pack.transforms[0].bases[group].coefficients);
         facts.rows.push_back(row);
       }
     }
-    for (const KltGroup& group : pack.groups) facts.global_layers.push_back(group.global);
+    for (const KltGroup& group : pack.transforms[0].groups) facts.global_layers.push_back(group.global);
     return facts;
   }
 
@@ -149,7 +150,7 @@ class KltForm final : public StoredForm {
     const kernels::LayerShape& shape = attended_.layout(Scope::kAll).shape();
     std::vector<float> keys(ElementsOf(shape.keys));
     std::vector<float> values(ElementsOf(shape.values));
-    for (const int layer : pack_->groups[group].layers) {
+    for (const int layer : pack_->transforms[0].groups[group].layers) {
       ScatterState(model_, layer, position, kBlockTokens, rows[static_cast<size_t>(layer)].data(),
                    keys.data(), values.data());
       attended_.EncodeLayer(layer, scope, keys.data(), values.data(), payload, nullptr);
@@ -179,7 +180,7 @@ Result<StoredFormPtr> MakeKltForm(const Model* model, std::shared_ptr<const KltP
                          std::equal(held.begin(), held.end(), pack->refining.begin());
   if (held.empty() || (held.size() > 1 && !beginning)) {
     std::vector<std::string> names;
-    for (const size_t cut : pack->refining) names.push_back(pack->cuts[cut].name);
+    for (const size_t cut : pack->refining) names.push_back(pack->cuts()[cut].name);
     return InvalidArgument(
         "a block can't hold the cuts '{}': name one, or several from the beginning of {}", cuts,
         fmt::join(names, ","));

@@ -9,13 +9,13 @@ int StateWidth(const ModelConfig& config) {
   return state.keys.kv_heads * state.keys.head_dim + state.values.kv_heads * state.values.head_dim;
 }
 
-std::vector<KltGroup> KltGroups(const ModelConfig& config) {
+std::vector<KltGroup> KltGroups(const ModelConfig& config, int first) {
   std::vector<KltGroup> groups;
   const int most = std::max(1, kKltGroupWidth / StateWidth(config));
   int last_global = -1;
   for (const bool global : {true, false}) {
     std::vector<int> layers;
-    for (int layer = 0; layer < config.layers; ++layer) {
+    for (int layer = first; layer < config.layers; ++layer) {
       if ((config.Window(layer) == 0) == global) layers.push_back(layer);
     }
     const int total = static_cast<int>(layers.size());

@@ -23,9 +23,9 @@ struct KltGroup {
 // Floats that a layer keeps of a token.
 int StateWidth(const ModelConfig& config);
 
-// The groups of a model's layers in the order of their coding: those of global layers first, for
-// they are all that is fetched of a block that is out of every window (docs/adr/0016). A pure
-// function of the model's geometry: pack, writer and reader have the same.
-std::vector<KltGroup> KltGroups(const ModelConfig& config);
+// The groups of a model's layers from `first` on in the order of their coding: those of global
+// layers first, for they are all that is fetched of a block that is out of every window
+// (docs/adr/0016). A pure function of the model's geometry: pack, writer and reader have the same.
+std::vector<KltGroup> KltGroups(const ModelConfig& config, int first);
 
 }  // namespace kvant::node

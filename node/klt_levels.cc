@@ -89,10 +89,12 @@ size_t MeanIndex(int32_t level) { return std::min<size_t>(Folded(level), kKltMea
 
 }  // namespace
 
-KltPlace FirstPlace(float deviation, float step) {
+int KltQuarters(float deviation, float step) {
   const float ratio = deviation / step;
-  if (!(ratio > 0)) return {};
-  const int quarters = QuartersOf(ratio);
+  return ratio > 0 ? QuartersOf(ratio) : 2 * kKltNever;
+}
+
+KltPlace FirstPlace(int quarters) {
   if (quarters < 4 * kKltLowest) return {};
   if (quarters < 4 * kKltHighest) return {static_cast<int16_t>(quarters - 4 * kKltLowest), 0};
   // Of the shared ones, whose symbols stand for a span that grows with the deviation.
@@ -100,15 +102,30 @@ KltPlace FirstPlace(float deviation, float step) {
   return {static_cast<int16_t>(kKltRatios + above % 4), static_cast<int16_t>(1 + above / 4)};
 }
 
-KltPlace RefinedPlace(int refinement, bool significant, float deviation, float step) {
+KltPlace RefinedPlace(int refinement, bool significant, int quarters) {
   KV_DCHECK(refinement >= 1 && refinement <= kKltRefinements);
-  const float ratio = deviation / step;
-  if (!(ratio > 0)) return {};
-  const int quarters = QuartersOf(ratio);
-  if (quarters < 4 * kKltLowest && !significant) return {};
+  if (quarters <= kKltNever || (quarters < 4 * kKltLowest && !significant)) return {};
   const int place = std::clamp(quarters - 4 * kKltLowest, 0, kKltRatios - 1);
   const int first = kKltFirstTables + (2 * (refinement - 1) + (significant ? 1 : 0)) * kKltRatios;
   return {static_cast<int16_t>(first + place), 0};
+}
+
+std::byte ByteOf(KltToken token) {
+  return static_cast<std::byte>((token.finer - kKltLeastFiner) << 4 |
+                                (token.louder - kKltLeastLouder));
+}
+
+KltToken TokenOf(std::byte byte) {
+  const auto bits = static_cast<int>(byte);
+  return {static_cast<int8_t>((bits >> 4) + kKltLeastFiner),
+          static_cast<int8_t>((bits & 0xF) + kKltLeastLouder)};
+}
+
+float StepOf(KltToken token, float step) {
+  constexpr float kHalf = 0x1.6a09e6p-1F;  // of an octave
+  const int octaves = token.finer >> 1;    // rounded down
+  const float whole = std::ldexp(step, -octaves);
+  return (token.finer & 1) != 0 ? whole * kHalf : whole;
 }
 
 uint32_t Folded(int32_t level) {

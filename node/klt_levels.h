@@ -36,10 +36,32 @@ struct KltPlace {
 };
 // As many, whatever a pack says: a level has no more.
 inline constexpr int kKltMostLowBits = 20;
+// floor(4 log2(deviation / step) + 1/2), the quarters of an octave that a coefficient is above its
+// step; kKltNever or less, if there is nothing of it.
+inline constexpr int kKltNever = -(1 << 20);
+int KltQuarters(float deviation, float step);
 // In a block's first cut.
-KltPlace FirstPlace(float deviation, float step);
+KltPlace FirstPlace(int quarters);
 // In refinement 1.. of it. significant: a level of an earlier cut was not 0.
-KltPlace RefinedPlace(int refinement, bool significant, float deviation, float step);
+KltPlace RefinedPlace(int refinement, bool significant, int quarters);
+
+// How a token of a group differs from most: its step is finer by half octaves, because more
+// depends on it, and its coefficients are larger by quarters of an octave. A byte says both.
+struct KltToken {
+  int8_t finer = 0;
+  int8_t louder = 0;
+  bool operator==(const KltToken&) const = default;
+  // Quarters of an octave that its coefficients are above its step, more than others.
+  int quarters() const { return louder + 2 * finer; }
+};
+inline constexpr int kKltLeastFiner = -3;
+inline constexpr int kKltMostFiner = 12;
+inline constexpr int kKltLeastLouder = -8;
+inline constexpr int kKltMostLouder = 7;
+std::byte ByteOf(KltToken token);
+KltToken TokenOf(std::byte byte);
+// step * 2^(-finer / 2).
+float StepOf(KltToken token, float step);
 
 // Larger levels are clamped: 2^20 steps are beyond what a float's mantissa tells apart.
 inline constexpr int32_t kKltLargestLevel = 1 << 20;

@@ -25,11 +25,18 @@ namespace {
 
 using nlohmann::json;
 
-constexpr std::string_view kFormat = "kvant-klt-2";
+constexpr std::string_view kFormat = "kvant-klt-3";
 constexpr size_t kMaxCutsOfPack = 16;
+constexpr size_t kMaxTransforms = 8;
 
 std::string NameOf(std::string_view of, size_t number, std::string_view part) {
   return fmt::format("{}.{}.{}", of, number, part);
+}
+std::string NameOf(const KltTransform& transform, size_t group, std::string_view part) {
+  const std::string of_group = NameOf("groups", group, part);
+  return transform.recomputed == 0 ? of_group
+                                   : NameOf("recomputed", static_cast<size_t>(transform.recomputed),
+                                            of_group);
 }
 
 // Tensors of a mapped file, taken out with their sizes checked.
@@ -98,10 +105,10 @@ class Writer {
 };
 
 // Cuts as the metadata have them: a JSON list of [name, step, mean KL].
-std::string TextOf(const std::vector<KltCut>& cuts) {
+json JsonOf(const std::vector<KltCut>& cuts) {
   json list = json::array();
   for (const KltCut& cut : cuts) list.push_back({cut.name, cut.step, cut.mean_kl});
-  return list.dump();
+  return list;
 }
 bool IsCut(const json& entry) {
   if (!entry.is_array() || entry.size() != 3 || !entry[0].is_string()) return false;
@@ -116,8 +123,7 @@ bool IsCut(const json& entry) {
                      [](char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0; }) &&
          fits(entry[1]) && fits(entry[2]);
 }
-Result<std::vector<KltCut>> CutsOf(const std::string& text, const std::string& name) {
-  KV_ASSIGN_OR_RETURN(const json list, ParseJson(text, name));
+Result<std::vector<KltCut>> CutsOf(const json& list, const std::string& name) {
   std::vector<KltCut> cuts;
   bool good = list.is_array() && !list.empty() && list.size() <= kMaxCutsOfPack;
   for (size_t i = 0; good && i < list.size(); ++i) {
@@ -153,28 +159,31 @@ Result<std::vector<size_t>> RefiningOf(const std::string& text, const KltPack& p
                          name, kKltRefinements + 1);
 }
 
-Result<KltBasis> BasisOf(const Reader& reader, const KltPack& pack, size_t group,
+// Of a transform's group; those before it are there.
+Result<KltBasis> BasisOf(const Reader& reader, const KltPack& pack, const KltTransform& transform,
                          const TensorMap& tensors, const std::string& name) {
   KltBasis basis;
-  basis.width = pack.width * static_cast<int>(pack.groups[group].layers.size());
-  const auto found = tensors.find(NameOf("groups", group, "deviation"));
+  const size_t group = transform.bases.size();
+  basis.width = pack.width * static_cast<int>(transform.groups[group].layers.size());
+  const auto name_of = [&](std::string_view part) { return NameOf(transform, group, part); };
+  const auto found = tensors.find(name_of("deviation"));
   if (found != tensors.end() && found->second.shape.size() == 1 && found->second.shape[0] >= 1 &&
       found->second.shape[0] <= basis.width) {
     basis.coefficients = static_cast<int>(found->second.shape[0]);
   } else {
     return InvalidArgument("{}: it should have a tensor {} of 1 to {} numbers", name,
-                           NameOf("groups", group, "deviation"), basis.width);
+                           name_of("deviation"), basis.width);
   }
-  basis.inputs = pack.hidden;
-  for (const int source : pack.groups[group].sources)
-    basis.inputs += SourceCoefficients(pack.bases[static_cast<size_t>(source)]);
+  basis.inputs = InputsOf(pack, transform, group);
   const int64_t width = basis.width;
   const int64_t coefficients = basis.coefficients;
   const auto floats = [&](const char* part, std::vector<int64_t> shape) {
-    return reader.Floats(NameOf("groups", group, part), std::move(shape));
+    return reader.Floats(name_of(part), std::move(shape));
   };
   KV_ASSIGN_OR_RETURN(basis.bias, floats("bias", {width}));
   KV_ASSIGN_OR_RETURN(basis.sink_bias, floats("sink_bias", {width}));
+  const auto features = 2 * static_cast<int64_t>(transform.groups[group].layers.size());
+  KV_ASSIGN_OR_RETURN(basis.importance, floats("importance", {1 + features}));
   KV_ASSIGN_OR_RETURN(const std::vector<float> predictor,
                       floats("predictor", {width, basis.inputs}));
   basis.predictor = kernels::OrderedWeights(predictor.data(), basis.width, basis.inputs);
@@ -183,17 +192,77 @@ Result<KltBasis> BasisOf(const Reader& reader, const KltPack& pack, size_t group
   basis.synthesis = kernels::OrderedWeights(synthesis.data(), basis.width, basis.coefficients);
   KV_ASSIGN_OR_RETURN(basis.deviation, floats("deviation", {coefficients}));
   if (!std::is_sorted(basis.deviation.rbegin(), basis.deviation.rend())) {
-    return InvalidArgument("{}: tensor {} does not descend", name,
-                           NameOf("groups", group, "deviation"));
+    return InvalidArgument("{}: tensor {} does not descend", name, name_of("deviation"));
   }
   KV_ASSIGN_OR_RETURN(basis.sink_deviation[0], floats("first_deviation", {coefficients}));
   KV_ASSIGN_OR_RETURN(basis.sink_deviation[1], floats("sink_deviation", {coefficients}));
   return basis;
 }
 
+void AddBases(const KltTransform& transform, Writer* writer) {
+  for (size_t group = 0; group < transform.bases.size(); ++group) {
+    const KltBasis& basis = transform.bases[group];
+    const int64_t coefficients = basis.coefficients;
+    const auto add = [&](const char* part, std::vector<int64_t> shape,
+                         std::span<const float> values, bool wide) {
+      writer->Add(NameOf(transform, group, part), std::move(shape), values, wide);
+    };
+    add("bias", {basis.width}, basis.bias, true);
+    add("sink_bias", {basis.width}, basis.sink_bias, true);
+    add("importance", {static_cast<int64_t>(basis.importance.size())}, basis.importance, true);
+    add("predictor", {basis.width, basis.inputs}, basis.predictor.RowMajor(), false);
+    add("synthesis", {basis.width, coefficients}, basis.synthesis.RowMajor(), false);
+    add("deviation", {coefficients}, basis.deviation, true);
+    add("first_deviation", {coefficients}, basis.sink_deviation[0], true);
+    add("sink_deviation", {coefficients}, basis.sink_deviation[1], true);
+  }
+}
+
+// What `cuts` and `recomputed` in the metadata list, without bases.
+Result<std::vector<KltTransform>> TransformsOf(const std::string& cuts,
+                                               const std::string& recomputed,
+                                               const ModelConfig& config,
+                                               const std::string& name) {
+  KV_ASSIGN_OR_RETURN(const json of_none, ParseJson(cuts, name));
+  KV_ASSIGN_OR_RETURN(const json list, ParseJson(recomputed, name));
+  std::vector<KltTransform> transforms(1);
+  KV_ASSIGN_OR_RETURN(transforms[0].cuts, CutsOf(of_none, name));
+  bool good = list.is_array() && list.size() < kMaxTransforms;
+  for (size_t i = 0; good && i < list.size(); ++i) {
+    const json& entry = list[i];
+    // At least one layer is coded.
+    good = entry.is_array() && entry.size() == 2 && entry[0].is_number_integer() &&
+           entry[0].get<int64_t>() > transforms.back().recomputed &&
+           entry[0].get<int64_t>() < config.layers - 1;
+    if (!good) break;
+    KltTransform& transform = transforms.emplace_back();
+    transform.recomputed = entry[0].get<int>();
+    KV_ASSIGN_OR_RETURN(transform.cuts, CutsOf(entry[1], name));
+    good = std::equal(transform.cuts.begin(), transform.cuts.end(), transforms[0].cuts.begin(),
+                      transforms[0].cuts.end(),
+                      [](const KltCut& a, const KltCut& b) { return a.name == b.name; });
+  }
+  if (!good) {
+    return InvalidArgument(
+        "{}: recomputed in its metadata is no list of at most {} entries, [layers, cuts], layers "
+        "ascending below {}, cuts with the names of those for no layers",
+        name, kMaxTransforms - 1, config.layers - 1);
+  }
+  for (KltTransform& transform : transforms)
+    transform.groups = KltGroups(config, transform.first_layer());
+  return transforms;
+}
+
 }  // namespace
 
-void SetAnalysis(const KltPack& pack, size_t group, KltBasis* basis) {
+int InputsOf(const KltPack& pack, const KltTransform& transform, size_t group) {
+  int inputs = pack.hidden;
+  for (const int source : transform.groups[group].sources)
+    inputs += SourceCoefficients(transform.bases[static_cast<size_t>(source)]);
+  return inputs;
+}
+
+void SetAnalysis(const KltPack& pack, const KltGroup& group, KltBasis* basis) {
   const std::vector<float> synthesis = basis->synthesis.RowMajor();
   const auto coefficients = static_cast<size_t>(basis->coefficients);
   const auto width = static_cast<size_t>(pack.width);
@@ -202,7 +271,7 @@ void SetAnalysis(const KltPack& pack, size_t group, KltBasis* basis) {
   std::vector<float> turned(coefficients * width);
   std::vector<float> product(turned.size());
   size_t at = 0;
-  for (const int layer : pack.groups[group].layers) {
+  for (const int layer : group.layers) {
     for (size_t c = 0; c < coefficients; ++c) {
       for (size_t i = 0; i < width; ++i)
         turned[c * width + i] = synthesis[(at + i) * coefficients + c];
@@ -247,11 +316,23 @@ Status KltPack::CheckFits(const Model& of) const {
 
 Result<size_t> KltPack::FindCut(std::string_view name) const {
   std::vector<std::string> names;
-  for (size_t cut = 0; cut < cuts.size(); ++cut) {
-    if (cuts[cut].name == name) return cut;
-    names.push_back(cuts[cut].name);
+  for (size_t cut = 0; cut < cuts().size(); ++cut) {
+    if (cuts()[cut].name == name) return cut;
+    names.push_back(cuts()[cut].name);
   }
   return InvalidArgument("the codec pack has no cut '{}': use {}", name, fmt::join(names, ", "));
+}
+
+Result<size_t> KltPack::FindTransform(int recomputed) const {
+  std::vector<int> known;
+  for (size_t i = 0; i < transforms.size(); ++i) {
+    if (transforms[i].recomputed == recomputed) return i;
+    known.push_back(transforms[i].recomputed);
+  }
+  return InvalidArgument(
+      "the codec pack has nothing for {} recomputed layers, but for {}; kvant calibrate "
+      "--recompute {} makes one that has",
+      recomputed, fmt::join(known, ", "), recomputed);
 }
 
 Result<KltPack> LoadKltPack(const std::filesystem::path& file, const Model& model) {
@@ -285,8 +366,8 @@ Result<KltPack> ParseKltPack(std::span<const std::byte> file, const std::string&
   pack.width = StateWidth(model.config());
   pack.hidden = model.config().hidden;
   pack.layers = model.config().layers;
-  pack.groups = KltGroups(model.config());
-  KV_ASSIGN_OR_RETURN(pack.cuts, CutsOf(text_of("cuts"), name));
+  KV_ASSIGN_OR_RETURN(pack.transforms, TransformsOf(text_of("cuts"), text_of("recomputed"),
+                                                    model.config(), name));
   KV_ASSIGN_OR_RETURN(pack.refining, RefiningOf(text_of("refining"), pack, name));
   const Reader reader(&tensors, name);
   const int64_t width = pack.width;
@@ -298,10 +379,12 @@ Result<KltPack> ParseKltPack(std::span<const std::byte> file, const std::string&
   KV_ASSIGN_OR_RETURN(const std::vector<float> sink_step, reader.Floats("sink_step", {1}));
   pack.sink_step = sink_step[0];
   if (!(pack.sink_step > 0)) return InvalidArgument("{}: sink_step is not above 0", name);
-  for (size_t g = 0; g < pack.groups.size(); ++g) {
-    KV_ASSIGN_OR_RETURN(KltBasis basis, BasisOf(reader, pack, g, tensors, name));
-    SetAnalysis(pack, g, &basis);
-    pack.bases.push_back(std::move(basis));
+  for (KltTransform& transform : pack.transforms) {
+    for (const KltGroup& group : transform.groups) {
+      KV_ASSIGN_OR_RETURN(KltBasis basis, BasisOf(reader, pack, transform, tensors, name));
+      SetAnalysis(pack, group, &basis);
+      transform.bases.push_back(std::move(basis));
+    }
   }
   KV_ASSIGN_OR_RETURN(const std::vector<float> mean,
                       reader.Floats("mean", {kKltTables, kKltMeans}));
@@ -333,20 +416,11 @@ Status SaveKltPack(const std::filesystem::path& file, const Model& model, KltPac
   for (size_t layer = 0; layer < pack->weights.size(); ++layer) {
     writer.Add(NameOf("layers", layer, "weight"), {width, width}, pack->weights[layer], false);
   }
-  for (size_t g = 0; g < pack->bases.size(); ++g) {
-    const KltBasis& basis = pack->bases[g];
-    const int64_t coefficients = basis.coefficients;
-    const auto add = [&](const char* part, std::vector<int64_t> shape,
-                         std::span<const float> values, bool wide) {
-      writer.Add(NameOf("groups", g, part), std::move(shape), values, wide);
-    };
-    add("bias", {basis.width}, basis.bias, true);
-    add("sink_bias", {basis.width}, basis.sink_bias, true);
-    add("predictor", {basis.width, basis.inputs}, basis.predictor.RowMajor(), false);
-    add("synthesis", {basis.width, coefficients}, basis.synthesis.RowMajor(), false);
-    add("deviation", {coefficients}, basis.deviation, true);
-    add("first_deviation", {coefficients}, basis.sink_deviation[0], true);
-    add("sink_deviation", {coefficients}, basis.sink_deviation[1], true);
+  json recomputed = json::array();
+  for (const KltTransform& transform : pack->transforms) {
+    if (transform.recomputed > 0)
+      recomputed.push_back({transform.recomputed, JsonOf(transform.cuts)});
+    AddBases(transform, &writer);
   }
   std::vector<float> mean;
   std::vector<float> frequencies;
@@ -361,12 +435,13 @@ Status SaveKltPack(const std::filesystem::path& file, const Model& model, KltPac
   writer.Add("frequencies", {kKltTables, kKltSymbols}, frequencies, true);
   writer.Add("sink_step", {1}, std::span(&pack->sink_step, 1), true);
   json refining = json::array();
-  for (const size_t cut : pack->refining) refining.push_back(pack->cuts[cut].name);
+  for (const size_t cut : pack->refining) refining.push_back(pack->cuts()[cut].name);
   writer.SetMetadata({{"format", kFormat},
                       {"model", pack->model},
                       {"calibrated_on", pack->calibrated_on},
                       {"weighed_by", pack->weighed_by},
-                      {"cuts", TextOf(pack->cuts)},
+                      {"cuts", JsonOf(pack->cuts()).dump()},
+                      {"recomputed", recomputed.dump()},
                       {"refining", refining.dump()}});
   KV_RETURN_IF_ERROR(WriteFile(file.string(), writer.File()));
   KV_ASSIGN_OR_RETURN(*pack, LoadKltPack(file, model));

@@ -29,9 +29,10 @@ inline constexpr int kKltSourceCoefficients = 384;
 struct KltBasis {
   int width = 0;                      // floats of its layers' rows, side by side
   int coefficients = 0;               // <= width; what the others would add is never coded
-  int inputs = 0;                     // hidden, and what each source gives
+  int inputs = 0;                     // InputsOf
   std::vector<float> bias;            // [width]
   std::vector<float> sink_bias;       // [width]: all that predicts a sequence's first token
+  std::vector<float> importance;      // [1 + 2 * layers], as FinerOf has it
   kernels::OrderedWeights predictor;  // [width][inputs]
   kernels::OrderedWeights synthesis;  // [width][coefficients]: row = prediction + synthesis * them
   kernels::OrderedWeights analysis;   // [coefficients][width], the other way; not in the file
@@ -52,19 +53,32 @@ struct KltCut {
   float mean_kl = 0;  // nats a token behind a prefix that is read at it
 };
 
+// How state is coded for readers that compute the first layers themselves (docs/klt.md,
+// "Recomputed layers").
+struct KltTransform {
+  // Layers that a reader runs. What enters the next one is side information: it predicts, and that
+  // layer's own state follows from it. 0: the embedding predicts, and all layers are coded.
+  int recomputed = 0;
+  std::vector<KltGroup> groups;  // KltGroups of the model from first_layer() on
+  std::vector<KltBasis> bases;   // [group]
+  // The finest first; the same names in all transforms of a pack, each with a step of its own.
+  std::vector<KltCut> cuts;
+
+  // Of those that are coded.
+  int first_layer() const { return recomputed > 0 ? recomputed + 1 : 0; }
+};
+
 // Value; immutable once made.
 struct KltPack {
   int width = 0;  // of one layer's row
   int hidden = 0;
   int layers = 0;
-  std::vector<KltGroup> groups;  // KltGroups of the model
-  std::vector<KltBasis> bases;   // [group]
+  std::vector<KltTransform> transforms;  // the first recomputes nothing; ascending
   // [layer][width][width], bf16 numbers: an error e in a row costs about e^T weight e nats.
   std::vector<std::vector<float>> weights;
   KltStatistics statistics;
-  std::vector<KltCut> cuts;  // the finest first
-  std::vector<size_t>
-      refining;  // of cuts, the coarsest first: those that a block may hold together
+  // Of cuts, the coarsest first: those that a block may hold together.
+  std::vector<size_t> refining;
   float sink_step = 0;
   std::string model;          // hex digest of the model whose state it codes
   std::string calibrated_on;  // in words
@@ -72,11 +86,20 @@ struct KltPack {
   uint64_t file_bytes = 0;
   Digest digest{};  // SHA-256 of the file
 
+  // Of the transform that recomputes nothing.
+  const std::vector<KltCut>& cuts() const { return transforms.front().cuts; }
   // kInvalidArgument: made for another model (says both digests).
   Status CheckFits(const Model& of) const;
   // kInvalidArgument lists the names of cuts there are.
   Result<size_t> FindCut(std::string_view name) const;
+  // Index of the transform for readers that recompute so many layers. kInvalidArgument lists those
+  // there are.
+  Result<size_t> FindTransform(int recomputed) const;
 };
+
+// Floats that predict a group: what enters, and the sources' coefficients.
+// REQUIRES: the bases of its sources are there.
+int InputsOf(const KltPack& pack, const KltTransform& transform, size_t group);
 
 // kInvalidArgument names the file, and what is missing or malformed, or says that the pack is
 // another model's.
@@ -84,10 +107,10 @@ Result<KltPack> LoadKltPack(const std::filesystem::path& file, const Model& mode
 // The same from bytes, which are not needed afterwards. `name` is the file named in errors.
 Result<KltPack> ParseKltPack(std::span<const std::byte> file, const std::string& name,
                              const Model& model);
-// Sets the analysis of a group: synthesis is weight^-1/2 times a rotation, so its transpose times
+// Sets the analysis of a group of a transform: synthesis is weight^-1/2 times a rotation, so its transpose times
 // the weight undoes it but for the rounding to bf16, which is taken out by one step of Newton's
 // method.
-void SetAnalysis(const KltPack& pack, size_t group, KltBasis* basis);
+void SetAnalysis(const KltPack& pack, const KltGroup& group, KltBasis* basis);
 // Writes it, and reads it back into `pack`: matrices are rounded in the file. Errors: as above, or
 // the file cannot be written.
 Status SaveKltPack(const std::filesystem::path& file, const Model& model, KltPack* pack);

@@ -1,5 +1,7 @@
 #include "node/klt_state_coder.h"
 
+#include <fmt/format.h>
+
 #include <utility>
 
 #include "base/check.h"
@@ -12,14 +14,19 @@ class KltStateCoder final : public StateCoder {
  public:
   KltStateCoder(const Model* model, std::shared_ptr<const KltPack> pack)
       : model_(*model), pack_(std::move(pack)) {
-    for (size_t cut = 0; cut < pack_->cuts.size(); ++cut) {
-      readings_.push_back({pack_->cuts[cut].name, coders_.size(), 1});
-      coders_.emplace_back(model, pack_.get(), std::vector<size_t>{cut});
+    for (size_t t = 0; t < pack_->transforms.size(); ++t) {
+      const int recomputed = pack_->transforms[t].recomputed;
+      const std::string suffix = recomputed == 0 ? "" : fmt::format("@{}", recomputed);
+      for (size_t cut = 0; cut < pack_->cuts().size(); ++cut) {
+        readings_.push_back({pack_->cuts()[cut].name + suffix, coders_.size(), 1});
+        coders_.emplace_back(model, pack_.get(), std::vector<size_t>{cut}, t);
+      }
+      for (size_t count = pack_->refining.size(); count > 1; --count) {
+        const KltCut& last = pack_->cuts()[pack_->refining[count - 1]];
+        readings_.push_back({last.name + "-refined" + suffix, coders_.size(), count});
+      }
+      if (pack_->refining.size() > 1) coders_.emplace_back(model, pack_.get(), pack_->refining, t);
     }
-    for (size_t count = pack_->refining.size(); count > 1; --count)
-      readings_.push_back(
-          {pack_->cuts[pack_->refining[count - 1]].name + "-refined", coders_.size(), count});
-    if (pack_->refining.size() > 1) coders_.emplace_back(model, pack_.get(), pack_->refining);
   }
 
   std::string_view name() const override { return "klt"; }
@@ -27,6 +34,14 @@ class KltStateCoder final : public StateCoder {
     std::vector<std::string> names;
     for (const Reading& reading : readings_) names.push_back(reading.name);
     return names;
+  }
+  int recomputed_layers(size_t wire) const override {
+    return coders_[readings_[wire].coder].transform().recomputed;
+  }
+  std::vector<int> entering_layers() const override {
+    std::vector<int> layers;
+    for (const KltTransform& transform : pack_->transforms) layers.push_back(transform.recomputed);
+    return layers;
   }
   bool blockwise() const override { return true; }
   uint64_t table_bytes() const override { return pack_->file_bytes; }
@@ -45,17 +60,20 @@ class KltStateCoder final : public StateCoder {
       }
     }
     PrefixState decoded(model_.config(), exact.token_ids(), exact.first_position());
-    KltCoder::Rows made;
     for (size_t wire = 0; wire < readings_.size(); ++wire) {
       const KltCoder& coder = coders_[readings_[wire].coder];
       uint64_t bits = 0;
       for (int at = 0; at < exact.tokens(); at += kBlockTokens) {
         const int position = exact.first_position() + at;
-        const auto tokens = exact.token_ids().subspan(static_cast<size_t>(at), kBlockTokens);
+        const KltCoder::Rows& of_block = rows[static_cast<size_t>(at / kBlockTokens)];
+        const auto hidden = static_cast<size_t>(pack_->hidden);
+        const auto entering = exact.entering(coder.transform().recomputed)
+                                  .subspan(static_cast<size_t>(at) * hidden, kBlockTokens * hidden);
         KltCoder::Extents extents;
-        coder.Encode(tokens, position, rows[static_cast<size_t>(at / kBlockTokens)], &extents);
-        // What is measured is what a reader gets out of the bytes.
-        KltReader reader(&coder, tokens, position);
+        coder.Encode(entering, position, of_block, &extents);
+        // What is measured is what a reader gets out of the bytes, or computes.
+        KltCoder::Rows made = of_block;
+        KltReader reader(&coder, entering, position);
         for (size_t group = 0; group < coder.groups(); ++group) {
           std::vector<std::span<const std::byte>> read;
           for (size_t cut = 0; cut < readings_[wire].cuts; ++cut) {

@@ -157,6 +157,11 @@ void AddCalibrateOptions(CLI::App* command, CalibrateOptions* calibrate) {
   command->add_option("--out", calibrate->out, "File of the pack")->required();
   command->add_option("--weights", calibrate->weights,
                       "What errors cost, by scripts/calibrate-fisher (default: from attention)");
+  command
+      ->add_option("--recompute", calibrate->recompute,
+                   "Numbers of layers that a reader may recompute, besides none; 0: only none "
+                   "(default: a third of the model's)")
+      ->delimiter(',');
   command->add_option("--tokens", calibrate->tokens, "Of all texts, the same share of each")
       ->check(CLI::Range(1024, 1 << 24))
       ->capture_default_str();

@@ -120,12 +120,24 @@ PrefixState::PrefixState(const ModelConfig& config, std::span<const int32_t> tok
     : ids_(tokens.begin(), tokens.end()),
       layers_(config.layers),
       first_position_(first_position),
+      hidden_(static_cast<size_t>(config.hidden)),
       shape_(config.StateShape(static_cast<int>(tokens.size()))),
       key_width_(Width(shape_.keys)),
       value_width_(Width(shape_.values)),
       keys_(Offset(layers_, key_width_)),
       values_(Offset(layers_, value_width_)),
       query_squares_(static_cast<size_t>(layers_) * key_width_) {}
+
+void PrefixState::KeepEntering(std::span<const int> layers) {
+  for (const int layer : layers) entering_[layer].resize(ids_.size() * hidden_);
+}
+
+void PrefixState::SetEntering(int layer, size_t token, const float* x) {
+  const auto kept = entering_.find(layer);
+  if (kept == entering_.end()) return;
+  KV_CHECK(token + kBlockTokens <= ids_.size());
+  std::copy_n(x, kBlockTokens * hidden_, kept->second.data() + token * hidden_);
+}
 
 void PrefixState::SetBlock(int layer, size_t token, const float* keys, const float* values) {
   KV_CHECK(token + kBlockTokens <= ids_.size());

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -41,6 +42,14 @@ class PrefixState {
   const float* keys(int layer) const { return keys_.data() + Offset(layer, key_width_); }
   const float* values(int layer) const { return values_.data() + Offset(layer, value_width_); }
 
+  // Layers of which it is kept what enters them. Before any of that is set.
+  void KeepEntering(std::span<const int> layers);
+  bool keeps_entering() const { return !entering_.empty(); }
+  // [tokens][hidden]. REQUIRES: it is kept.
+  std::span<const float> entering(int layer) const { return entering_.at(layer); }
+  // Of the kBlockTokens tokens from `token` on, as an EnteringSink gets it; left alone if not kept.
+  void SetEntering(int layer, size_t token, const float* x);
+
   // Takes one layer of the kBlockTokens tokens from `token` on, as a LayerSink gets them.
   void SetBlock(int layer, size_t token, const float* keys, const float* values);
 
@@ -62,6 +71,8 @@ class PrefixState {
   std::vector<int32_t> ids_;
   int layers_;
   int first_position_;
+  size_t hidden_;
+  std::map<int, std::vector<float>> entering_;  // [tokens][hidden]
   kernels::LayerShape shape_;
   size_t key_width_;
   size_t value_width_;
@@ -83,6 +94,11 @@ class StateCoder {
   virtual std::string_view name() const = 0;
   // Names of what can be read of a coded state, the fullest first; at least one.
   virtual std::vector<std::string> wires() const { return {"full"}; }
+  // How many layers a reader of a wire computes itself; a wire's name ends in @ and that number, if
+  // it isn't 0.
+  virtual int recomputed_layers(size_t /*wire*/) const { return 0; }
+  // Layers of which it asks PrefixState::entering.
+  virtual std::vector<int> entering_layers() const { return {}; }
   // Whether a block of kBlockTokens tokens may be coded by itself. Coders that look at a whole
   // prefix, or leave its newest tokens as they are, have no class form.
   virtual bool blockwise() const = 0;

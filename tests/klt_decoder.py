@@ -24,6 +24,7 @@ TABLES, SYMBOLS, MEANS = FIRST_TABLES + 4 * RATIOS, 64, 8
 ESCAPE, ESCAPE_BITS, LARGEST = SYMBOLS - 1, 22, 1 << 20
 PARTS = [float.fromhex(x) for x in ("0x1.172b84p-1", "0x1.4bfdaep-1", "0x1.8ace54p-1", "0x1.d5818ep-1")]
 NOWHERE = (-1, 0)
+HALF = float.fromhex("0x1.6a09e6p-1")            # of an octave
 
 
 class Pack:
@@ -35,7 +36,7 @@ class Pack:
         self.header = json.loads(data[8:8 + size])
         self.data = data[8 + size:]
         metadata = self.header["__metadata__"]
-        assert metadata["format"] == "kvant-klt-2"
+        assert metadata["format"] == "kvant-klt-3"
         self.cuts = [fp32(step) for _, step, _ in json.loads(metadata["cuts"])]
         self.sink_step, = self.tensor("sink_step")
         mean, frequencies = self.tensor("mean"), self.tensor("frequencies")
@@ -83,21 +84,33 @@ def quarters_of(deviation, step):
     return 4 * exponent - 4 + sum(mantissa >= part for part in PARTS)
 
 
-def first_place(deviation, step):
-    """(table or -1, low bits) of a coefficient in a block's first cut."""
+def token_of(byte):
+    """(half octaves that a token's step is finer, quarters of an octave that its coefficients are larger)."""
+    return (byte >> 4) - 3, (byte & 15) - 8
+
+
+def step_of(finer, step):
+    whole = fp32(step * 2.0 ** -(finer >> 1))
+    return fp32(whole * HALF) if finer & 1 else whole
+
+
+def first_place(deviation, step, more=0):
+    """(table or -1, low bits) of a coefficient in a block's first cut. more: quarters of its token."""
     quarters = quarters_of(deviation, step)
-    if quarters is None or quarters < 4 * LOWEST:
+    if quarters is None or quarters + more < 4 * LOWEST:
         return NOWHERE
+    quarters += more
     if quarters < 4 * HIGHEST:
         return quarters - 4 * LOWEST, 0
     above = min(quarters - 4 * HIGHEST, 4 * MOST_LOW_BITS - 1)
     return RATIOS + above % 4, 1 + above // 4
 
 
-def refined_place(cut, significant, deviation, step):
+def refined_place(cut, significant, deviation, step, more):
     quarters = quarters_of(deviation, step)
-    if quarters is None or quarters < 4 * LOWEST and not significant:
+    if quarters is None or quarters + more < 4 * LOWEST and not significant:
         return NOWHERE
+    quarters += more
     ratio = min(max(quarters - 4 * LOWEST, 0), RATIOS - 1)
     return FIRST_TABLES + (2 * (cut - 1) + significant) * RATIOS + ratio, 0
 
@@ -142,6 +155,12 @@ def read_group(pack, group, cuts, position, extents):
     sinks_end = (SINKS if position == 0 else 0) * count
     values, signs = [0.0] * (TOKENS * count), [0] * (TOKENS * count)
     found = []
+    if len(extents[0]) < TOKENS:
+        raise Malformed("tokens")
+    tokens = [token_of(byte) for byte in extents[0][:TOKENS]]
+    if position == 0 and any(token != (0, 0) for token in tokens[:SINKS]):
+        raise Malformed("a sink")
+    extents = [extents[0][TOKENS:], *extents[1:]]
     for number, cut in enumerate(cuts):
         step = pack.cuts[cut]
         places = []
@@ -149,21 +168,32 @@ def read_group(pack, group, cuts, position, extents):
             if i < sinks_end:
                 deviation = group["first_deviation" if i < count else "sink_deviation"][i % count]
                 places.append(NOWHERE if number else first_place(deviation, pack.sink_step))
-            elif number:
-                places.append(refined_place(number, signs[i] != 0, group["deviation"][i % count], step))
+                continue
+            finer, louder = tokens[i // count]
+            more = louder + 2 * finer
+            deviation = group["deviation"][i % count]
+            if number:
+                places.append(refined_place(number, signs[i] != 0, deviation, step, more))
             else:
-                places.append(first_place(group["deviation"][i % count], step))
+                places.append(first_place(deviation, step, more))
         levels = read_levels(pack, places, extents[number])
         for i, (level, (table, low_bits)) in enumerate(zip(levels, places)):
             if table < 0:
                 continue
             folded = 2 * level - 1 if level > 0 else -2 * level
             value = float(level) if low_bits else fp32(level + pack.mean[table][min(folded, MEANS - 1)])
-            value = fp32(value * (pack.sink_step if i < sinks_end else step))
+            value = fp32(value * (pack.sink_step if i < sinks_end else step_of(tokens[i // count][0], step)))
             values[i] = fp32(values[i] - value if signs[i] < 0 else values[i] + value)
             signs[i] = signs[i] or (level > 0) - (level < 0)
         found.append((levels, list(values)))
     return found
+
+
+def normalized(x):
+    square = 0.0
+    for number in x:
+        square += number * number
+    return [fp32(number * (1 / math.sqrt(square / len(x)))) for number in x] if square else [0.0] * len(x)
 
 
 def times(matrix, width, x):
@@ -181,7 +211,7 @@ def decode(pack, cuts, position, embeddings, extents):
         found = read_group(pack, group, cuts, position, [of_cut[number] for of_cut in extents])
         first.append([found[0][1][t * count:t * count + used] for t in range(TOKENS)])
         for t in range(TOKENS):
-            inputs = list(embeddings[t])
+            inputs = normalized(embeddings[t])
             for source in group["sources"]:
                 inputs += first[source][t]
             if position == 0 and t == 0:

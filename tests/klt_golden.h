@@ -139,16 +139,18 @@ inline KltGolden ParseKltGolden(std::string_view in, size_t groups) {
 // The digest of each cut's levels of a block.
 inline std::vector<Digest> KltLevelDigests(const KltCoder& coder, std::span<const int32_t> tokens,
                                            int position, const KltCoder::Rows& rows) {
-  const std::vector<float> embeddings = coder.Embeddings(tokens);
+  const std::vector<float> normalized =
+      KltCoder::Normalized(coder.Embeddings(tokens), coder.pack().hidden);
   std::vector<std::vector<float>> first;
   std::vector<std::vector<int32_t>> levels(coder.cuts());
   KltCoder::Code code;
   for (size_t group = 0; group < coder.groups(); ++group) {
     std::vector<float> left = coder.Gathered(group, rows);
+    const std::vector<int8_t> finer = coder.Finer(group, left);
     const std::vector<float> predicted =
-        coder.Predict(group, coder.Inputs(group, embeddings, first), position);
+        coder.Predict(group, coder.Inputs(group, normalized, first), position);
     for (size_t i = 0; i < left.size(); ++i) left[i] -= predicted[i];
-    coder.CodeGroup(group, position, left, &code, nullptr);
+    coder.CodeGroup(group, position, left, finer, &code, nullptr);
     first.push_back(code.first);
     for (size_t cut = 0; cut < coder.cuts(); ++cut)
       levels[cut].insert(levels[cut].end(), code.levels[cut].begin(), code.levels[cut].end());
@@ -162,7 +164,7 @@ inline std::vector<Digest> KltLevelDigests(const KltCoder& coder, std::span<cons
 // Reads all groups at the first `cuts` cuts.
 inline Status ReadKlt(const KltCoder& coder, std::span<const int32_t> tokens, int position,
                       const KltCoder::Extents& extents, size_t cuts, KltCoder::Rows* rows) {
-  KltReader reader(&coder, tokens, position);
+  KltReader reader(&coder, coder.Embeddings(tokens), position);
   for (size_t group = 0; group < coder.groups(); ++group) {
     std::vector<std::span<const std::byte>> of_group;
     for (size_t cut = 0; cut < cuts; ++cut) of_group.emplace_back(extents[cut][group]);

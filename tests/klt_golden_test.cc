@@ -50,7 +50,7 @@ TEST(KltGoldenTest, EveryFileReadsAndWritesToTheBit) {
       if (entry.path().extension() != ".klt" || !file_name.starts_with(name + "-")) continue;
       SCOPED_TRACE(file_name);
       const std::string content = ReadFile(entry.path());
-      const KltGolden file = ParseKltGolden(content, pack->groups.size());
+      const KltGolden file = ParseKltGolden(content, pack->transforms[0].groups.size());
       EXPECT_EQ(Serialize(file), content);
       const KltCoder coder(model->get(), &*pack, {file.cuts.begin(), file.cuts.end()});
       EXPECT_EQ(coder.Embeddings(file.tokens), file.embedding);
@@ -70,7 +70,7 @@ TEST(KltGoldenTest, EveryFileReadsAndWritesToTheBit) {
       }
       // The packs' weights are 1: no sum's order shows in what an encoder makes of a block.
       KltCoder::Extents extents;
-      coder.Encode(file.tokens, file.position, file.x, &extents);
+      coder.Encode(coder.Embeddings(file.tokens), file.position, file.x, &extents);
       EXPECT_EQ(extents, file.extents);
       EXPECT_EQ(KltLevelDigests(coder, file.tokens, file.position, file.x), file.levels);
     }

@@ -53,19 +53,19 @@ class KltLevelsTest : public testing::Test {
 TEST_F(KltLevelsTest, FirstPlacesCoverEveryDeviation) {
   for (float deviation = 0.115F; deviation < 7.3F; deviation *= 1.013F) {
     const int quarter = static_cast<int>(std::floor(4 * std::log2(deviation) + 0.5));
-    EXPECT_EQ(FirstPlace(deviation, 1).table, quarter - 4 * kKltLowest) << deviation;
-    EXPECT_EQ(FirstPlace(deviation, 1).low_bits, 0);
+    EXPECT_EQ(FirstPlace(KltQuarters(deviation, 1)).table, quarter - 4 * kKltLowest) << deviation;
+    EXPECT_EQ(FirstPlace(KltQuarters(deviation, 1)).low_bits, 0);
   }
-  EXPECT_EQ(FirstPlace(0, 1).table, -1);
-  EXPECT_EQ(FirstPlace(-1, 1).table, -1);
-  EXPECT_EQ(FirstPlace(0.11F, 1).table, -1);
+  EXPECT_EQ(FirstPlace(KltQuarters(0, 1)).table, -1);
+  EXPECT_EQ(FirstPlace(KltQuarters(-1, 1)).table, -1);
+  EXPECT_EQ(FirstPlace(KltQuarters(0.11F, 1)).table, -1);
   for (float deviation = 0.12F; deviation < 1e5F; deviation *= 1.1F) {
-    const KltPlace place = FirstPlace(deviation, 1);
+    const KltPlace place = FirstPlace(KltQuarters(deviation, 1));
     ASSERT_GE(place.table, 0);
     ASSERT_LT(place.table, kKltFirstTables);
     // What is left after the low bits are cut fits the symbols with room.
     EXPECT_LT(deviation / std::exp2(static_cast<float>(place.low_bits)), 8.0F);
-    EXPECT_EQ(FirstPlace(8 * deviation, 8).table, place.table) << "only the ratio counts";
+    EXPECT_EQ(FirstPlace(KltQuarters(8 * deviation, 8)).table, place.table) << "only the ratio counts";
   }
 }
 
@@ -75,15 +75,15 @@ TEST_F(KltLevelsTest, RefinedPlacesCoverEveryDeviation) {
       const int quarter = static_cast<int>(std::floor(4 * std::log2(deviation) + 0.5));
       const int ratio = std::clamp(quarter - 4 * kKltLowest, 0, kKltRatios - 1);
       const int first = kKltFirstTables + (refinement - 1) * 2 * kKltRatios;
-      const KltPlace of_zero = RefinedPlace(refinement, false, deviation, 1);
+      const KltPlace of_zero = RefinedPlace(refinement, false, KltQuarters(deviation, 1));
       EXPECT_EQ(of_zero.table, quarter < 4 * kKltLowest ? -1 : first + ratio) << deviation;
       EXPECT_EQ(of_zero.low_bits, 0);
       // What was not 0 goes on being said.
-      const KltPlace of_other = RefinedPlace(refinement, true, deviation, 1);
+      const KltPlace of_other = RefinedPlace(refinement, true, KltQuarters(deviation, 1));
       EXPECT_EQ(of_other.table, first + kKltRatios + ratio) << deviation;
       EXPECT_EQ(of_other.low_bits, 0);
     }
-    EXPECT_EQ(RefinedPlace(refinement, true, 0, 1).table, -1);
+    EXPECT_EQ(RefinedPlace(refinement, true, KltQuarters(0, 1)).table, -1);
   }
 }
 
@@ -91,9 +91,9 @@ TEST_F(KltLevelsTest, PlacesOfExtremesExist) {
   const KltLevels levels(statistics_);
   for (const float deviation : {kMinFloat, 1e-30F, 1.0F, 1e30F, kMaxFloat}) {
     for (const float step : {kMinFloat, 1e-30F, 1.0F, 1e30F, kMaxFloat}) {
-      std::vector<KltPlace> places = {FirstPlace(deviation, step)};
+      std::vector<KltPlace> places = {FirstPlace(KltQuarters(deviation, step))};
       for (const bool significant : {false, true})
-        places.push_back(RefinedPlace(kKltRefinements, significant, deviation, step));
+        places.push_back(RefinedPlace(kKltRefinements, significant, KltQuarters(deviation, step)));
       for (const KltPlace place : places) {
         EXPECT_GE(place.table, -1);
         EXPECT_LT(place.table, kKltTables);

@@ -132,11 +132,24 @@ class KltPackTest : public testing::Test {
 };
 Model* KltPackTest::model_ = nullptr;
 
+void ExpectSameBasis(const KltBasis& one, const KltBasis& other) {
+  EXPECT_EQ(one.width, other.width);
+  EXPECT_EQ(one.coefficients, other.coefficients);
+  EXPECT_EQ(one.inputs, other.inputs);
+  EXPECT_EQ(one.bias, other.bias);
+  EXPECT_EQ(one.sink_bias, other.sink_bias);
+  EXPECT_EQ(one.importance, other.importance);
+  EXPECT_EQ(one.deviation, other.deviation);
+  EXPECT_EQ(one.sink_deviation, other.sink_deviation);
+  EXPECT_EQ(one.predictor.RowMajor(), other.predictor.RowMajor());
+  EXPECT_EQ(one.synthesis.RowMajor(), other.synthesis.RowMajor());
+  EXPECT_EQ(one.analysis.RowMajor(), other.analysis.RowMajor());
+}
+
 void ExpectSamePack(const KltPack& a, const KltPack& b) {
   EXPECT_EQ(a.width, b.width);
   EXPECT_EQ(a.hidden, b.hidden);
   EXPECT_EQ(a.layers, b.layers);
-  EXPECT_EQ(a.groups.size(), b.groups.size());
   EXPECT_EQ(a.weights, b.weights);
   EXPECT_EQ(a.refining, b.refining);
   EXPECT_EQ(a.sink_step, b.sink_step);
@@ -148,26 +161,21 @@ void ExpectSamePack(const KltPack& a, const KltPack& b) {
       ASSERT_EQ(a.statistics.tables[table].frequency(s), b.statistics.tables[table].frequency(s));
     }
   }
-  ASSERT_EQ(a.cuts.size(), b.cuts.size());
-  for (size_t cut = 0; cut < a.cuts.size(); ++cut) {
-    EXPECT_EQ(a.cuts[cut].name, b.cuts[cut].name);
-    EXPECT_EQ(a.cuts[cut].step, b.cuts[cut].step);
-    EXPECT_EQ(a.cuts[cut].mean_kl, b.cuts[cut].mean_kl);
-  }
-  ASSERT_EQ(a.bases.size(), b.bases.size());
-  for (size_t group = 0; group < a.bases.size(); ++group) {
-    const KltBasis& one = a.bases[group];
-    const KltBasis& other = b.bases[group];
-    EXPECT_EQ(one.width, other.width);
-    EXPECT_EQ(one.coefficients, other.coefficients);
-    EXPECT_EQ(one.inputs, other.inputs);
-    EXPECT_EQ(one.bias, other.bias);
-    EXPECT_EQ(one.sink_bias, other.sink_bias);
-    EXPECT_EQ(one.deviation, other.deviation);
-    EXPECT_EQ(one.sink_deviation, other.sink_deviation);
-    EXPECT_EQ(one.predictor.RowMajor(), other.predictor.RowMajor());
-    EXPECT_EQ(one.synthesis.RowMajor(), other.synthesis.RowMajor());
-    EXPECT_EQ(one.analysis.RowMajor(), other.analysis.RowMajor());
+  ASSERT_EQ(a.transforms.size(), b.transforms.size());
+  for (size_t t = 0; t < a.transforms.size(); ++t) {
+    const KltTransform& one = a.transforms[t];
+    const KltTransform& other = b.transforms[t];
+    EXPECT_EQ(one.recomputed, other.recomputed);
+    EXPECT_EQ(one.groups.size(), other.groups.size());
+    ASSERT_EQ(one.cuts.size(), other.cuts.size());
+    for (size_t cut = 0; cut < one.cuts.size(); ++cut) {
+      EXPECT_EQ(one.cuts[cut].name, other.cuts[cut].name);
+      EXPECT_EQ(one.cuts[cut].step, other.cuts[cut].step);
+      EXPECT_EQ(one.cuts[cut].mean_kl, other.cuts[cut].mean_kl);
+    }
+    ASSERT_EQ(one.bases.size(), other.bases.size());
+    for (size_t group = 0; group < one.bases.size(); ++group)
+      ExpectSameBasis(one.bases[group], other.bases[group]);
   }
 }
 
@@ -188,10 +196,11 @@ TEST_F(KltPackTest, IsReadAsItWasWritten) {
 
     const support::KltBlock block = support::RandomKltBlock(*model, 3, &random_);
     KltCoder::Extents extents;
-    KltCoder(model.get(), &made, made.refining).Encode(block.tokens, 64, block.rows, &extents);
+    const KltCoder before(model.get(), &made, made.refining);
+    before.Encode(before.Embeddings(block.tokens), 64, block.rows, &extents);
     const KltCoder after(model.get(), &*loaded, loaded->refining);
     KltCoder::Extents again;
-    after.Encode(block.tokens, 64, block.rows, &again);
+    after.Encode(after.Embeddings(block.tokens), 64, block.rows, &again);
     EXPECT_EQ(again, extents);
   }
 }
@@ -241,7 +250,7 @@ TEST_F(KltPackTest, WhatIsNoPackIsSaid) {
 }
 
 TEST_F(KltPackTest, EveryTensorIsNeeded) {
-  EXPECT_EQ(parts_.tensors.size(), 4U + 2U * 7U + 3U);  // of layers, groups, and all
+  EXPECT_EQ(parts_.tensors.size(), 4U + (2U + 2U) * 8U + 3U);  // of layers, groups of both transforms, and all
   for (const auto& [name, tensor] : parts_.tensors) {
     EXPECT_THAT(ErrorAfter([&](Parts* parts) { parts->tensors.erase(name); }),
                 AllOf(HasSubstr("should have a tensor"), HasSubstr(name)));

@@ -70,7 +70,7 @@ std::string NameOf(const testing::TestParamInfo<const char*>& of) { return of.pa
 
 KltCoder::Extents Encode(const KltCoder& coder, const KltBlock& block, int position) {
   KltCoder::Extents extents;
-  coder.Encode(block.tokens, position, block.rows, &extents);
+  coder.Encode(coder.Embeddings(block.tokens), position, block.rows, &extents);
   return extents;
 }
 
@@ -85,7 +85,7 @@ Status ReadGroup(KltReader* reader, const KltCoder::Extents& extents, size_t gro
 // All groups, at the first `cuts` cuts.
 Status Read(const KltCoder& coder, const KltBlock& block, int position,
             const KltCoder::Extents& extents, size_t cuts, KltCoder::Rows* rows) {
-  KltReader reader(&coder, block.tokens, position);
+  KltReader reader(&coder, coder.Embeddings(block.tokens), position);
   for (size_t group = 0; group < coder.groups(); ++group)
     KV_RETURN_IF_ERROR(ReadGroup(&reader, extents, group, cuts, rows));
   return OkStatus();
@@ -98,18 +98,20 @@ struct Seen {
   std::vector<std::vector<float>> values;  // after each cut, as Code's
 };
 std::vector<Seen> Look(const KltCoder& coder, const KltBlock& block, int position) {
-  const std::vector<float> embeddings = coder.Embeddings(block.tokens);
+  const std::vector<float> normalized =
+      KltCoder::Normalized(coder.Embeddings(block.tokens), coder.pack().hidden);
   std::vector<std::vector<float>> first;
   std::vector<Seen> seen(coder.groups());
   for (size_t group = 0; group < coder.groups(); ++group) {
     Seen& of = seen[group];
-    of.predicted = coder.Predict(group, coder.Inputs(group, embeddings, first), position);
+    of.predicted = coder.Predict(group, coder.Inputs(group, normalized, first), position);
     std::vector<float> left = coder.Gathered(group, block.rows);
+    const std::vector<int8_t> finer = coder.Finer(group, left);
     for (size_t i = 0; i < left.size(); ++i) left[i] -= of.predicted[i];
     const KltCoder::Watch watch = [&](size_t cut, const KltCoder::Code& code) {
       if (cut > 0) of.values.push_back(code.values);
     };
-    coder.CodeGroup(group, position, left, &of.code, &watch);
+    coder.CodeGroup(group, position, left, finer, &of.code, &watch);
     of.values.push_back(of.code.values);
     first.push_back(of.code.first);
   }
@@ -122,11 +124,11 @@ KltCoder::Rows Expected(const KltCoder& coder, const std::vector<Seen>& seen, si
   KltCoder::Rows rows(static_cast<size_t>(pack.layers));
   for (size_t group = 0; group < seen.size(); ++group) {
     std::vector<float> together = seen[group].predicted;
-    kernels::OrderedMultiplyAdd(pack.bases[group].synthesis, seen[group].values[cuts - 1].data(),
+    kernels::OrderedMultiplyAdd(coder.transform().bases[group].synthesis, seen[group].values[cuts - 1].data(),
                                 kBlockTokens, together.data());
     auto at = together.begin();
     for (int token = 0; token < kBlockTokens; ++token) {
-      for (const int layer : pack.groups[group].layers) {
+      for (const int layer : coder.transform().groups[group].layers) {
         std::vector<float>& of_layer = rows[static_cast<size_t>(layer)];
         of_layer.insert(of_layer.end(), at, at + pack.width);
         at += pack.width;
@@ -148,7 +150,8 @@ class Klt : public testing::TestWithParam<const char*> {
   static void SetUpTestSuite() { ASSERT_TRUE(kernels::LoadBlas().ok()); }
   // All deviations such that every coefficient is coded at every cut, and at none with low bits.
   void CodeAll() {
-    for (KltBasis& basis : pack_.bases) {
+    for (KltBasis& basis : pack_.transforms[0].bases) {
+      std::fill(basis.importance.begin(), basis.importance.end(), 0.0F);
       std::fill(basis.deviation.begin(), basis.deviation.end(), 0.5F);
       for (auto& deviation : basis.sink_deviation)
         std::fill(deviation.begin(), deviation.end(), 0.25F);
@@ -170,7 +173,7 @@ TEST_P(Klt, DecodesWhatItEncodedAtEveryCut) {
     for (const int position : kPositions) {
       const KltCoder::Extents extents = Encode(coder, block_, position);
       ASSERT_EQ(extents.size(), 1U);
-      ASSERT_EQ(extents[0].size(), pack_.groups.size());
+      ASSERT_EQ(extents[0].size(), pack_.transforms[0].groups.size());
       KltCoder::Rows rows;
       const Status status = Read(coder, block_, position, extents, 1, &rows);
       ASSERT_TRUE(status.ok()) << status.ToString();
@@ -234,10 +237,12 @@ TEST_P(Klt, ErrorsAreBoundedByTheStep) {
       for (size_t group = 0; group < seen.size(); ++group) {
         const std::vector<float>& exact = seen[group].code.coefficients;
         const size_t sinks_end =
-            position == 0 ? kKltSinks * static_cast<size_t>(pack_.bases[group].coefficients) : 0;
+            position == 0 ? kKltSinks * static_cast<size_t>(pack_.transforms[0].bases[group].coefficients) : 0;
         for (size_t cut = 0; cut < cuts.size(); ++cut) {
           for (size_t i = 0; i < exact.size(); ++i) {
-            const float step = i < sinks_end ? pack_.sink_step : coder.cut(cut).step;
+            const KltToken token = seen[group].code.tokens[i * kBlockTokens / exact.size()];
+            const float step =
+                i < sinks_end ? pack_.sink_step : StepOf(token, coder.cut(cut).step);
             ASSERT_LE(std::abs(exact[i] - seen[group].values[cut][i]), kMost * step)
                 << "coefficient " << i << " of group " << group << " at cut " << cut;
           }
@@ -258,7 +263,7 @@ TEST_P(Klt, ErrorsOfRowsAreBoundedByTheStep) {
     std::vector<float> error = coder.Gathered(0, block_.rows);
     std::vector<float> read = coder.Gathered(0, rows);
     for (size_t i = 0; i < error.size(); ++i) error[i] -= read[i];
-    const KltBasis& basis = pack_.bases[0];
+    const KltBasis& basis = pack_.transforms[0].bases[0];
     std::vector<float> coefficients(kBlockTokens * static_cast<size_t>(basis.coefficients));
     kernels::OrderedMultiply(basis.analysis, error.data(), kBlockTokens, nullptr,
                              coefficients.data());
@@ -299,7 +304,7 @@ TEST_P(Klt, ASequencesFirstTokenHasAPredictionOfItsOwn) {
   const std::vector<Seen> first = Look(coder, block_, 0);
   const std::vector<Seen> later = Look(coder, block_, kBlockTokens);
   for (size_t group = 0; group < first.size(); ++group) {
-    const KltBasis& basis = pack_.bases[group];
+    const KltBasis& basis = pack_.transforms[0].bases[group];
     const auto width = static_cast<ptrdiff_t>(basis.width);
     const std::vector<float>& predicted = first[group].predicted;
     EXPECT_TRUE(std::equal(basis.sink_bias.begin(), basis.sink_bias.end(), predicted.begin()));
@@ -314,7 +319,7 @@ TEST_P(Klt, ASequencesFirstTokenHasAPredictionOfItsOwn) {
 TEST_P(Klt, AFinerStepTakesMoreBytes) {
   size_t last = 0;
   for (const float step : {4.0F, 1.0F, 0.25F, 0.0625F}) {
-    pack_.cuts[0].step = step;
+    pack_.transforms[0].cuts[0].step = step;
     size_t bytes = 0;
     const KltCoder::Extents extents = Encode(KltCoder(&model_, &pack_, {0}), block_, kBlockTokens);
     for (const auto& extent : extents[0]) bytes += extent.size();
@@ -329,12 +334,12 @@ TEST_P(Klt, GroupsMayBeReadAtCutsOfTheirOwn) {
   std::vector<KltCoder::Rows> at(kRefining.size() + 1);
   for (size_t cuts = 1; cuts <= kRefining.size(); ++cuts)
     ASSERT_TRUE(Read(coder, block_, 0, extents, cuts, &at[cuts]).ok());
-  KltReader reader(&coder, block_.tokens, 0);
+  KltReader reader(&coder, coder.Embeddings(block_.tokens), 0);
   KltCoder::Rows rows;
   for (size_t group = 0; group < coder.groups(); ++group) {
     const size_t cuts = 1 + (group + 1) % kRefining.size();
     ASSERT_TRUE(ReadGroup(&reader, extents, group, cuts, &rows).ok());
-    for (const int layer : pack_.groups[group].layers) {
+    for (const int layer : pack_.transforms[0].groups[group].layers) {
       const auto l = static_cast<size_t>(layer);
       EXPECT_EQ(rows[l], at[cuts][l]) << "layer " << layer;
     }
@@ -346,10 +351,10 @@ TEST_P(Klt, GlobalGroupsAreReadWithoutSlidingOnes) {
   const KltCoder::Extents extents = Encode(coder, block_, kBlockTokens);
   KltCoder::Rows all;
   ASSERT_TRUE(Read(coder, block_, kBlockTokens, extents, 2, &all).ok());
-  KltReader reader(&coder, block_.tokens, kBlockTokens);
+  KltReader reader(&coder, coder.Embeddings(block_.tokens), kBlockTokens);
   KltCoder::Rows rows;
   for (size_t group = 0; group < coder.groups(); ++group) {
-    if (!pack_.groups[group].global) continue;
+    if (!pack_.transforms[0].groups[group].global) continue;
     ASSERT_TRUE(ReadGroup(&reader, extents, group, 2, &rows).ok());
   }
   ASSERT_EQ(rows.size(), all.size());
@@ -364,7 +369,7 @@ TEST_P(Klt, GlobalGroupsAreReadWithoutSlidingOnes) {
 }
 
 TEST_P(Klt, WhatHasNoTableIsNotThere) {
-  for (KltBasis& basis : pack_.bases) {
+  for (KltBasis& basis : pack_.transforms[0].bases) {
     std::fill(basis.deviation.begin(), basis.deviation.end(), 0.0F);
     for (auto& deviation : basis.sink_deviation)
       std::fill(deviation.begin(), deviation.end(), 0.0F);
@@ -372,9 +377,10 @@ TEST_P(Klt, WhatHasNoTableIsNotThere) {
   const KltCoder coder(&model_, &pack_, kRefining);
   const KltCoder::Extents extents = Encode(coder, block_, 0);
   const std::vector<Seen> seen = Look(coder, block_, 0);
-  for (const auto& of_cut : extents) {
-    for (const auto& extent : of_cut)
-      EXPECT_EQ(extent.size(), sizeof(uint32_t) + kernels::RansBound(0));
+  for (size_t cut = 0; cut < extents.size(); ++cut) {
+    const size_t tokens = cut == 0 ? kBlockTokens : 0;
+    for (const auto& extent : extents[cut])
+      EXPECT_EQ(extent.size(), tokens + sizeof(uint32_t) + kernels::RansBound(0));
   }
   KltCoder::Rows rows;
   ASSERT_TRUE(Read(coder, block_, 0, extents, 3, &rows).ok());
@@ -382,16 +388,50 @@ TEST_P(Klt, WhatHasNoTableIsNotThere) {
     EXPECT_EQ(coder.Gathered(group, rows), seen[group].predicted);
 }
 
+// A token whose values are nearly 0, as an attention sink's are, where the pack says that this
+// makes it matter.
+TEST_P(Klt, TokensThatMatterMoreAreFiner) {
+  CodeAll();
+  const KltCoder coder(&model_, &pack_, kRefining);
+  const size_t group = coder.groups() - 1;
+  KltBasis& basis = pack_.transforms[0].bases[group];
+  constexpr size_t kSink = 9;
+  const auto width = static_cast<size_t>(pack_.width);
+  const int layer = coder.transform().groups[group].layers[0];
+  float* row = block_.rows[static_cast<size_t>(layer)].data() + kSink * width;
+  for (size_t c = 0; c < width; ++c) row[c] *= 1.0F / 1024;
+  basis.importance[2] = -1;
+  basis.importance[0] = 3;  // log2 of the others' mean square
+  const std::vector<Seen> seen = Look(coder, block_, kBlockTokens);
+  const auto& [code, predicted, values] = seen[group];
+  const size_t count = code.coefficients.size() / kBlockTokens;
+  for (size_t t = 0; t < kBlockTokens; ++t) {
+    if (t == kSink) {
+      EXPECT_EQ(code.tokens[t].finer, kKltMostFiner);
+    } else {
+      EXPECT_LE(code.tokens[t].finer, 5);
+    }
+  }
+  for (size_t cut = 0; cut < kRefining.size(); ++cut) {
+    const double of_sink = SquaredError(code.coefficients, values[cut], kSink * count,
+                                        (kSink + 1) * count);
+    const double of_all = SquaredError(code.coefficients, values[cut], 0, kBlockTokens * count);
+    EXPECT_LT(100 * of_sink, of_all);
+  }
+}
+
 // A coefficient that a coarse cut has no table for begins at a finer one.
 TEST_P(Klt, WhatACutLeavesOutALaterOneMayHold) {
-  for (KltBasis& basis : pack_.bases)
+  for (KltBasis& basis : pack_.transforms[0].bases)
     std::fill(basis.deviation.begin(), basis.deviation.end(), 0.125F);  // 1/16 of the coarse step
+  for (KltBasis& basis : pack_.transforms[0].bases)
+    std::fill(basis.importance.begin(), basis.importance.end(), 0.0F);
   const KltCoder coder(&model_, &pack_, kRefining);
   const std::vector<Seen> seen = Look(coder, block_, kBlockTokens);
   for (const Seen& of : seen) {
     for (size_t i = 0; i < of.code.coefficients.size(); ++i) {
       EXPECT_EQ(of.values[0][i], 0);
-      ASSERT_LE(std::abs(of.values[2][i] - of.code.coefficients[i]), 1.06F * pack_.cuts[0].step);
+      ASSERT_LE(std::abs(of.values[2][i] - of.code.coefficients[i]), 1.2F * pack_.cuts()[0].step);
     }
   }
 }
@@ -536,7 +576,7 @@ TEST_P(KltState, RowsAreTheStateWithItsRopeTakenBack) {
 TEST(KltGroupsTest, GlobalLayersComeFirstAndAloneAmongTheirSources) {
   ModelConfig config = support::TinyConfig();  // 64 floats a layer: 48 of them make a group
   config.layers = 100;
-  std::vector<KltGroup> groups = KltGroups(config);
+  std::vector<KltGroup> groups = KltGroups(config, 0);
   ASSERT_EQ(groups.size(), 3U);
   for (size_t group = 0; group < groups.size(); ++group) {
     EXPECT_TRUE(groups[group].global);
@@ -550,7 +590,7 @@ TEST(KltGroupsTest, GlobalLayersComeFirstAndAloneAmongTheirSources) {
   config.sliding_window = 100;
   config.sliding.assign(100, true);
   for (const size_t layer : {5U, 50U, 98U}) config.sliding[layer] = false;
-  groups = KltGroups(config);
+  groups = KltGroups(config, 0);
   ASSERT_EQ(groups.size(), 4U);
   EXPECT_TRUE(groups[0].global);
   EXPECT_THAT(groups[0].layers, ElementsAre(5, 50, 98));
@@ -566,7 +606,7 @@ TEST(KltGroupsTest, GlobalLayersComeFirstAndAloneAmongTheirSources) {
   EXPECT_THAT(groups[3].sources, ElementsAre(2, 0));
 
   config.sliding.assign(100, true);
-  groups = KltGroups(config);
+  groups = KltGroups(config, 0);
   ASSERT_EQ(groups.size(), 3U);
   EXPECT_THAT(groups[0].sources, IsEmpty());
   EXPECT_THAT(groups[2].sources, ElementsAre(1));
@@ -576,7 +616,7 @@ TEST(KltGroupsTest, AWideLayerIsAGroupOfItsOwn) {
   ModelConfig config = support::TinyConfig();
   config.kv_heads = 32;
   config.head_dim = 128;
-  const std::vector<KltGroup> groups = KltGroups(config);
+  const std::vector<KltGroup> groups = KltGroups(config, 0);
   ASSERT_EQ(groups.size(), 2U);
   EXPECT_THAT(groups[1].layers, ElementsAre(1));
 }
@@ -584,9 +624,9 @@ TEST(KltGroupsTest, AWideLayerIsAGroupOfItsOwn) {
 TEST(KltGroupsTest, OnlyTheFirstCoefficientsPredictOtherGroups) {
   ASSERT_TRUE(kernels::LoadBlas().ok());
   const KltPack& pack = PackOf("wide");
-  ASSERT_EQ(pack.bases.size(), 2U);
-  ASSERT_GT(pack.bases[0].coefficients, kKltSourceCoefficients);
-  EXPECT_EQ(pack.bases[1].inputs, pack.hidden + kKltSourceCoefficients);
+  ASSERT_EQ(pack.transforms[0].bases.size(), 2U);
+  ASSERT_GT(pack.transforms[0].bases[0].coefficients, kKltSourceCoefficients);
+  EXPECT_EQ(pack.transforms[0].bases[1].inputs, pack.hidden + kKltSourceCoefficients);
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ KltGolden Make(const Model& model, const KltPack& pack, const std::vector<size_t
   for (const size_t cut : cuts) file.cuts.push_back(static_cast<uint8_t>(cut));
   file.tokens = block.tokens;
   file.embedding = coder.Embeddings(block.tokens);
-  coder.Encode(block.tokens, position, block.rows, &file.extents);
+  coder.Encode(file.embedding, position, block.rows, &file.extents);
   file.x = block.rows;
   file.levels = KltLevelDigests(coder, block.tokens, position, block.rows);
   for (size_t count = 1; count <= cuts.size(); ++count) {
@@ -61,13 +61,19 @@ void WriteBad(const std::string& prefix, const KltGolden& good) {
   write("short", 0, [](Extent* extent) { extent->pop_back(); });
   write("long", 1, [](Extent* extent) { extent->push_back({}); });
   write("none", 1, [](Extent* extent) { extent->resize(3); });
+  // Where a first cut's symbols begin: behind a byte for each token.
+  constexpr size_t kSymbols = kBlockTokens;
+  write("sink", 0, [](Extent* extent) { (*extent)[kKltSinks - 1] ^= std::byte{1}; });
+  write("tokens", 0, [](Extent* extent) { extent->resize(kBlockTokens - 1); });
   write("symbols", 0, [](Extent* extent) {
-    StoreLittle(extent->data(), static_cast<uint32_t>(extent->size() - sizeof(uint32_t) + 1));
+    StoreLittle(extent->data() + kSymbols,
+                static_cast<uint32_t>(extent->size() - kSymbols - sizeof(uint32_t) + 1));
   });
   write("state", 1, [](Extent* extent) { (*extent)[sizeof(uint32_t)] ^= std::byte{1}; });
   // What escaped reads as a level beyond the largest.
   write("level", 0, [](Extent* extent) {
-    const size_t low = sizeof(uint32_t) + LoadLittle<uint32_t>(extent->data());
+    const size_t low =
+        kSymbols + sizeof(uint32_t) + LoadLittle<uint32_t>(extent->data() + kSymbols);
     std::fill(extent->begin() + static_cast<ptrdiff_t>(low), extent->end(), std::byte{0xFF});
   });
 }

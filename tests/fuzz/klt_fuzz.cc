@@ -39,7 +39,7 @@ std::unique_ptr<World> MakeWorld(const char* name) {
   Random random(1);
   world->pack = support::RandomKltPack(*world->model, &random);
   world->block = support::RandomKltBlock(*world->model, 1, &random);
-  for (size_t cut = 0; cut < world->pack.cuts.size(); ++cut)
+  for (size_t cut = 0; cut < world->pack.cuts().size(); ++cut)
     world->coders.push_back(
         std::make_unique<KltCoder>(world->model.get(), &world->pack, std::vector<size_t>{cut}));
   world->coders.push_back(
@@ -66,7 +66,7 @@ void ReadBlock(const World& world, FuzzInput* input) {
       of_group.emplace_back(bytes.begin(), bytes.end());
     }
   }
-  KltReader reader(&coder, world.block.tokens, position);
+  KltReader reader(&coder, coder.Embeddings(world.block.tokens), position);
   KltCoder::Rows rows;
   for (size_t group = 0; group < coder.groups(); ++group) {
     const std::vector<std::span<const std::byte>> all(extents[group].begin(), extents[group].end());
@@ -78,7 +78,7 @@ void ReadBlock(const World& world, FuzzInput* input) {
       KV_CHECK(read || status.code() == StatusCode::kDataLoss);
     }
     if (!read) return;
-    for (const int layer : world.pack.groups[group].layers) {
+    for (const int layer : coder.transform().groups[group].layers) {
       const std::vector<float>& of_layer = rows[static_cast<size_t>(layer)];
       KV_CHECK(of_layer.size() == static_cast<size_t>(kBlockTokens * world.pack.width));
       KV_CHECK(
@@ -93,12 +93,12 @@ void CodeWithPack(const World& world, std::span<const std::byte> file) {
     KV_CHECK(pack.status().code() == StatusCode::kInvalidArgument);
     return;
   }
-  std::vector<std::vector<size_t>> chains = {{0}, {pack->cuts.size() - 1}};
+  std::vector<std::vector<size_t>> chains = {{0}, {pack->cuts().size() - 1}};
   if (pack->refining.size() > 1) chains.push_back(pack->refining);
   for (const std::vector<size_t>& cuts : chains) {
     const KltCoder coder(world.model.get(), &*pack, cuts);
     KltCoder::Extents extents;
-    coder.Encode(world.block.tokens, 0, world.block.rows, &extents);
+    coder.Encode(coder.Embeddings(world.block.tokens), 0, world.block.rows, &extents);
     KltCoder::Rows rows;
     KV_CHECK(ReadKlt(coder, world.block.tokens, 0, extents, cuts.size(), &rows).ok());
   }
@@ -113,7 +113,7 @@ std::vector<Bytes> SeedInputs() {
     for (const size_t choice : {size_t{2}, world.coders.size() - 1}) {
       const KltCoder& coder = *world.coders[choice];
       KltCoder::Extents extents;
-      coder.Encode(world.block.tokens, 0, world.block.rows, &extents);
+      coder.Encode(coder.Embeddings(world.block.tokens), 0, world.block.rows, &extents);
       Bytes seed = {std::byte{kind}, static_cast<std::byte>(choice), std::byte{0}};
       for (size_t group = 0; group < coder.groups(); ++group) {
         for (const auto& of_cut : extents) {

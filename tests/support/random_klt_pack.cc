@@ -74,17 +74,17 @@ std::vector<float> Deviations(int count, Random* random) {
 }
 
 // inverse_roots: of the group's layers.
-node::KltBasis RandomBasis(const node::KltPack& pack, size_t group,
+node::KltBasis RandomBasis(const node::KltPack& pack, const node::KltTransform& transform,
                            const std::vector<Matrix>& inverse_roots, Random* random) {
+  const size_t group = transform.bases.size();
   node::KltBasis basis;
   basis.width = pack.width * static_cast<int>(inverse_roots.size());
   basis.coefficients = group == 0 ? basis.width : basis.width * 3 / 4;
-  basis.inputs = pack.hidden;
-  for (const int source : pack.groups[group].sources)
-    basis.inputs += node::SourceCoefficients(pack.bases[static_cast<size_t>(source)]);
+  basis.inputs = node::InputsOf(pack, transform, group);
   const auto width = static_cast<size_t>(basis.width);
   basis.bias = Normals(width, 1, random);
   basis.sink_bias = Normals(width, 1, random);
+  basis.importance = Normals(1 + 2 * inverse_roots.size(), 0.3, random);
   std::vector<float> predictor = Normals(width * static_cast<size_t>(basis.inputs), 0.1, random);
   for (float& number : predictor) number = Bf16(static_cast<double>(number));
   basis.predictor = kernels::OrderedWeights(predictor.data(), basis.width, basis.inputs);
@@ -105,7 +105,7 @@ node::KltBasis RandomBasis(const node::KltPack& pack, size_t group,
   basis.deviation = Deviations(basis.coefficients, random);
   std::sort(basis.deviation.begin(), basis.deviation.end(), std::greater<>());
   for (auto& deviation : basis.sink_deviation) deviation = Deviations(basis.coefficients, random);
-  node::SetAnalysis(pack, group, &basis);
+  node::SetAnalysis(pack, transform.groups[group], &basis);
   return basis;
 }
 
@@ -117,10 +117,9 @@ node::KltPack RandomKltPack(const node::Model& model, Random* random,
   pack.width = node::StateWidth(model.config());
   pack.hidden = model.config().hidden;
   pack.layers = model.config().layers;
-  pack.groups = node::KltGroups(model.config());
   pack.model = ToHex(model.digest());
   pack.calibrated_on = "nothing";
-  pack.cuts = {
+  const std::vector<node::KltCut> cuts = {
       {"finest", 0.125F, 1e-4F}, {"fine", 0.5F, 1e-3F}, {"medium", 1, 1e-2F}, {"coarse", 2, 0.1F}};
   pack.refining = {3, 1, 0};
   pack.sink_step = 0.0625F;
@@ -130,11 +129,19 @@ node::KltPack RandomKltPack(const node::Model& model, Random* random,
     pack.weights.push_back(Rounded(weight.weight.values));
     inverse_roots.push_back(std::move(weight.inverse_root));
   }
-  for (size_t group = 0; group < pack.groups.size(); ++group) {
-    std::vector<Matrix> of_group;
-    for (const int layer : pack.groups[group].layers)
-      of_group.push_back(inverse_roots[static_cast<size_t>(layer)]);
-    pack.bases.push_back(RandomBasis(pack, group, of_group, random));
+  // A reader may recompute one layer, if that leaves any.
+  for (int recomputed = 0; recomputed < std::min(2, pack.layers - 1); ++recomputed) {
+    node::KltTransform transform;
+    transform.recomputed = recomputed;
+    transform.cuts = cuts;
+    transform.groups = node::KltGroups(model.config(), transform.first_layer());
+    for (const node::KltGroup& group : transform.groups) {
+      std::vector<Matrix> of_group;
+      for (const int layer : group.layers)
+        of_group.push_back(inverse_roots[static_cast<size_t>(layer)]);
+      transform.bases.push_back(RandomBasis(pack, transform, of_group, random));
+    }
+    pack.transforms.push_back(std::move(transform));
   }
   for (size_t table = 0; table < node::kKltTables; ++table) {
     std::array<uint32_t, node::kKltSymbols> counts{};
