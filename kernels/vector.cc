@@ -8,6 +8,7 @@
 #include "kernels/codec.h"
 #include "kernels/float_formats.h"
 #include "kernels/implementation.h"
+#include "kernels/portable_math.h"
 
 namespace kvant::kernels {
 
@@ -70,8 +71,9 @@ void StretchYarn(int head_dim, double theta, const RopeScaling& scaling,
   // The channel that makes so many turns in the original context.
   const auto channel = [&](double turns) {
     return head_dim *
-           std::log(scaling.original_max_position_embeddings / (turns * 2.0 * std::numbers::pi)) /
-           (2.0 * std::log(theta));
+           PortableLog(scaling.original_max_position_embeddings /
+                       (turns * 2.0 * std::numbers::pi)) /
+           (2.0 * PortableLog(theta));
   };
   double low = channel(scaling.beta_fast);
   double high = channel(scaling.beta_slow);
@@ -95,7 +97,7 @@ std::vector<double> RopeFrequencies(int head_dim, double theta, const RopeScalin
   std::vector<double> frequencies(static_cast<size_t>(head_dim / 2));
   for (size_t i = 0; i < frequencies.size(); ++i) {
     double& frequency = frequencies[i];
-    frequency = std::pow(theta, -2.0 * static_cast<double>(i) / head_dim);
+    frequency = PortableExp(-2.0 * static_cast<double>(i) / head_dim * PortableLog(theta));
     switch (scaling.kind) {
       case RopeScaling::Kind::kNone:
       case RopeScaling::Kind::kYarn:
@@ -124,8 +126,9 @@ RopeTable::RopeTable(int head_dim, double theta, const RopeScaling& scaling, int
   sin_.reserve(size);
   for (int position = 0; position < max_positions; ++position) {
     for (const double frequency : frequencies) {
-      cos_.push_back(static_cast<float>(std::cos(position * frequency) * scale));
-      sin_.push_back(static_cast<float>(std::sin(position * frequency) * scale));
+      const SineCosine of = PortableSineCosine(position * frequency);
+      cos_.push_back(static_cast<float>(of.cosine * scale));
+      sin_.push_back(static_cast<float>(of.sine * scale));
     }
   }
 }

@@ -50,7 +50,8 @@ struct RopeScaling {
 // modeling_rope_utils.py).
 std::vector<double> RopeFrequencies(int head_dim, double theta, const RopeScaling& scaling);
 
-// Cosines and sines of every position, computed in double and kept in fp32. Immutable.
+// Cosines and sines of every position, computed in double and kept in fp32: the same bits on every
+// machine. Immutable.
 class RopeTable {
  public:
   // REQUIRES: head_dim even; max_positions > 0.

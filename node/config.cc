@@ -4,6 +4,7 @@
 #include <cmath>
 #include <utility>
 
+#include "kernels/portable_math.h"
 #include "node/json.h"
 
 namespace kvant::node {
@@ -398,7 +399,9 @@ class ConfigReader {
     const auto number = [&](std::string_view key, double least, double otherwise) {
       return NumberField(scaling, key, least, 1e6, otherwise, name_);
     };
-    const auto stretch = [&](double mscale) { return 0.1 * mscale * std::log(rope.factor) + 1.0; };
+    const auto stretch = [&](double mscale) {
+      return 0.1 * mscale * kernels::PortableLog(rope.factor) + 1.0;
+    };
     KV_ASSIGN_OR_RETURN(rope.beta_fast, number("beta_fast", 1e-6, 32.0));
     KV_ASSIGN_OR_RETURN(rope.beta_slow, number("beta_slow", 1e-6, 1.0));
     KV_ASSIGN_OR_RETURN(rope.truncate, BooleanField(scaling, "truncate", true, name_));

@@ -3,11 +3,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 
 #include "base/random.h"
 #include "kernels/implementation.h"
+#include "kernels/portable_math.h"
 
 namespace kvant::kernels {
 namespace {
@@ -121,6 +123,27 @@ TEST(RopeTest, RotatesHalvesByPositionTimesFrequency) {
       EXPECT_EQ(rotated, x);
     }
   }
+}
+
+TEST(PortableMath, IsThatOfTheLibraryAndTheSameBitsEverywhere) {
+  Random random(47);
+  for (int i = 0; i < 20000; ++i) {
+    const double x = 30.0 * (2.0 * random.Unit() - 1.0);
+    EXPECT_NEAR(PortableExp(x) / std::exp(x), 1.0, 0x1p-50);
+    const double y = std::exp(x);
+    EXPECT_NEAR(PortableLog(y), std::log(y), 0x1p-50 * std::max(1.0, std::fabs(x)));
+    const double angle = std::ldexp(random.Unit(), static_cast<int>(random.Below(21)));
+    const SineCosine of = PortableSineCosine(angle);
+    EXPECT_NEAR(of.sine, std::sin(angle), 0x1p-50);
+    EXPECT_NEAR(of.cosine, std::cos(angle), 0x1p-50);
+  }
+  EXPECT_EQ(PortableExp(0.0), 1.0);
+  EXPECT_EQ(PortableLog(1.0), 0.0);
+  EXPECT_EQ(PortableLog(10000.0), 0x1.26bb1bbb55516p+3);
+  EXPECT_EQ(PortableExp(-9.21), 0x1.a392bc5c49422p-14);
+  const SineCosine of = PortableSineCosine(12345.678);
+  EXPECT_EQ(of.sine, -0x1.687d5890974a5p-1);
+  EXPECT_EQ(of.cosine, 0x1.6b94c3bbe24b8p-1);
 }
 
 // DeepSeek's layout is the other one with its channels dealt out in turn.
