@@ -97,6 +97,8 @@ Status BlockArrival::Arrived(uint16_t layer) {
 CachedBlockPtr ReadLess(const BlockClass& block_class, const CachedBlock& held,
                         const Portion& wanted, std::span<const int32_t> tokens, int position) {
   auto block = std::make_shared<CachedBlock>(block_class, held, wanted);
+  // Every layer slides, and nothing of them was attended, so that nobody fetched a manifest.
+  if (held.manifest == nullptr) return block->complete() ? block : nullptr;
   BlockArrival arrival(&block_class, block, tokens, position);
   return arrival.Accept(held.manifest).ok() && block->complete() ? block : nullptr;
 }
