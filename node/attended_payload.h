@@ -16,7 +16,7 @@ namespace kvant::node {
 
 // Extents read of each part, from the base on. All blocks of a class have the same payload order,
 // so the extents that `Cuts` names are a prefix of the payload. Of a form that cuts keys and values
-// as one (StoredForm::lossy), both numbers are its cuts.
+// as one (StoredForm::whole_at_any_cut), both numbers are its cuts.
 struct Cuts {
   int keys = 0;
   int values = 0;  // or latents

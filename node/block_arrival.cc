@@ -32,7 +32,7 @@ Status BlockArrival::Accept(const std::shared_ptr<const BlockManifest>& manifest
       return selection.Takes(row.part, row.cut, row.layer);
     });
   };
-  if (form_->lossy()) {
+  if (form_->whole_at_any_cut()) {
     if (block_->stored.manifest() == nullptr) {
       block_->stored = StoredRows(
           manifest, [&](size_t i) { return form_->InPortion(manifest->rows[i], block_->portion); });
@@ -46,7 +46,7 @@ Status BlockArrival::Accept(const std::shared_ptr<const BlockManifest>& manifest
   read.position = position_;
   read.portion = block_->portion;
   read.payload = block_->bytes;
-  read.stored = form_->lossy() ? &block_->stored : &arrived_;
+  read.stored = form_->whole_at_any_cut() ? &block_->stored : &arrived_;
   reader_ = form_->MakeReader(read);
 
   std::vector<bool> here(form_->global_layers().size(), false);
@@ -64,7 +64,7 @@ Status BlockArrival::Accept(const std::shared_ptr<const BlockManifest>& manifest
 }
 
 std::span<std::byte> BlockArrival::Place(size_t row) {
-  if (form_->lossy()) return block_->stored.Row(row);
+  if (form_->whole_at_any_cut()) return block_->stored.Row(row);
   if (!form_->plain()) return arrived_.Row(row);
   const ManifestRow& at = block_->manifest->rows[row];
   const uint64_t offset = block_class_->layout(block_->portion.scope)

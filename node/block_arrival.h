@@ -49,14 +49,14 @@ class BlockArrival {
   std::vector<int32_t> tokens_;
   int position_;
   const StoredForm* form_ = nullptr;
-  StoredRows arrived_;  // of a form that is neither plain nor lossy
+  StoredRows arrived_;  // of a form that is not plain and whole with all cuts alone
   std::unique_ptr<StoredReader> reader_;
   std::vector<int> ready_;
 };
 
 // The block that those attend who want `wanted` of one that holds more, in a form where that is not
 // the same (BlockClass::Serves). nullptr: its stored rows are not well-formed.
-// REQUIRES: held is complete and covers it; the form is lossy.
+// REQUIRES: held is complete and covers it; the form is whole at any cut.
 CachedBlockPtr ReadLess(const BlockClass& block_class, const CachedBlock& held,
                         const Portion& wanted, std::span<const int32_t> tokens, int position);
 

@@ -88,7 +88,8 @@ BlockClass::BlockClass(const Model* model, const kernels::Codec* codec,
   const auto read_too = [&](const StoredFormPtr& other) {
     if (other->tag() != form->tag()) forms_.push_back(other);
   };
-  if (!form->lossy()) {
+  // Forms that are whole at any cut have rows of their own, so that no selection fits both.
+  if (!form->whole_at_any_cut()) {
     read_too(MakePlainForm(attended_));
     if (LosslessFits(*codec)) read_too(MakeLosslessForm(attended_));
   }
@@ -100,7 +101,7 @@ BlockClass::BlockClass(const Model* model, const kernels::Codec* codec,
       longest_rows_[i].max_bytes = std::max(longest_rows_[i].max_bytes, read->rows()[i].max_bytes);
     }
   }
-  if (form->lossy()) {
+  if (form->whole_at_any_cut()) {
     for (size_t cut = form->cut_names().size(); cut-- > 0;) {
       const int cuts = static_cast<int>(cut) + 1;
       choices_.push_back({form->cut_names()[cut], {cuts, cuts}, form->cut_errors()[cut]});
@@ -126,7 +127,7 @@ size_t BlockClass::ChoiceOf(const Cuts& cuts) const {
 
 Cuts BlockClass::CutsOf(Wire wire) const {
   KV_CHECK(wire != Wire::kAuto);
-  if (form().lossy()) {
+  if (form().whole_at_any_cut()) {
     // Its cuts say no bits: all, all but one, one.
     const int all = FullCuts().values;
     int cuts = wire == Wire::kFull ? all : wire == Wire::kK8V4 ? std::max(1, all - 1) : 1;

@@ -72,11 +72,11 @@ class BlockClass {
   uint64_t BytesOf(const Portion& portion) const { return attended_.BytesOf(Attended(portion)); }
   // What is attended of a block of which a portion was read.
   Portion Attended(const Portion& portion) const {
-    return form().lossy() ? Portion(attended_.FullCuts(), portion.scope) : portion;
+    return form().whole_at_any_cut() ? Portion(attended_.FullCuts(), portion.scope) : portion;
   }
   // Whether a block in memory is what those attend who want `wanted`.
   bool Serves(const Portion& held, const Portion& wanted) const {
-    return held.Covers(wanted) && (!form().lossy() || held.cuts == wanted.cuts);
+    return held.Covers(wanted) && (!form().whole_at_any_cut() || held.cuts == wanted.cuts);
   }
   // The layers of which a token at `position` or behind it attends anything in block `block` of
   // its sequence. REQUIRES: the block ends at `position` or before.
@@ -105,17 +105,17 @@ class BlockClass {
   std::span<const ReadChoice> choices() const { return choices_; }
   // Index of the choice that reads these cuts. REQUIRES: CutsOf gave them.
   size_t ChoiceOf(const Cuts& cuts) const;
-  // How many cuts are decoded of what is read, less one. Forms that are not lossy decode all they
-  // read alike: 0.
+  // How many cuts are decoded of what is read, less one. Forms that are not whole at any cut
+  // decode all they read alike: 0.
   size_t DecodeDepth(const Cuts& cuts) const {
-    return form().lossy() ? static_cast<size_t>(cuts.values) - 1 : 0;
+    return form().whole_at_any_cut() ? static_cast<size_t>(cuts.values) - 1 : 0;
   }
   // What is read of block `block` of a sequence where `read` is read of the others. The first one
   // is read in full: in it are the attention sinks, tokens that all others attend strongly (Xiao et
   // al. 2024, "Efficient streaming language models with attention sinks", section 3.1;
-  // docs/adr/0018). Lossy forms code those tokens finely at every cut.
+  // docs/adr/0018). Forms that are whole at any cut code those tokens finely in each.
   Cuts ReadCuts(size_t block, const Cuts& read) const {
-    return block == 0 && !form().lossy() ? FullCuts() : read;
+    return block == 0 && !form().whole_at_any_cut() ? FullCuts() : read;
   }
   // What decoding so many layers of a block amounts to, in tokens of which all layers are decoded.
   double TokensOfLayers(size_t layers) const {

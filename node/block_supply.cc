@@ -24,8 +24,10 @@ std::span<const int32_t> TokensOf(const SupplyJob& job, size_t block) {
 // A block while it is computed.
 class ComputedBlock {
  public:
-  ComputedBlock(const BlockClass& block_class, const BlockKey& key)
+  // is_stored: somebody will ask for stored(), or for fewer cuts of the block.
+  ComputedBlock(const BlockClass& block_class, const BlockKey& key, bool is_stored)
       : block_class_(block_class),
+        is_stored_(is_stored || block_class.form().lossy()),
         block_(std::make_shared<CachedBlock>(block_class, key, block_class.FullCuts())),
         errors_(block_class.layout().rows().size()) {
     block_->computed = true;
@@ -33,28 +35,29 @@ class ComputedBlock {
 
   // Layers come in order, as a LayerSink gets them.
   void Layer(int layer, const float* keys, const float* values) {
-    if (block_class_.form().lossy()) {
-      // What is attended is made of what is stored, and that of all layers.
+    const StoredForm& form = block_class_.form();
+    if (is_stored_ && form.whole_at_any_cut()) {
+      // What is stored is made of all layers.
       const auto copy = [](const kernels::SegmentShape& shape, const float* from) {
         return std::vector<float>(from, from + shape.tokens * shape.kv_heads * shape.head_dim);
       };
       exact_keys_.push_back(copy(block_class_.layout().shape().keys, keys));
       exact_values_.push_back(copy(block_class_.layout().shape().values, values));
-      return;
     }
+    if (form.lossy()) return;  // what is attended is made of what is stored
     block_class_.EncodeLayer(layer, keys, values, block_->bytes.data(), errors_.data());
     block_->MarkReady(layer);
   }
 
-  // After the last layer. is_put: somebody will ask for stored().
-  void Finish(BlockToStore whole, bool is_put) {
+  // After the last layer.
+  void Finish(BlockToStore whole) {
     const StoredForm& form = block_class_.form();
-    if (!is_put && !form.lossy()) return;
+    if (!is_stored_) return;
     whole.max_errors = errors_;
     whole.keys = exact_keys_;
     whole.values = exact_values_;
     form.Encode(whole, block_->bytes, &stored_);
-    if (!form.lossy()) {
+    if (!form.whole_at_any_cut()) {
       block_->manifest = std::make_shared<const BlockManifest>(std::move(stored_.manifest));
       return;
     }
@@ -64,18 +67,20 @@ class ComputedBlock {
   }
 
   const CachedBlockPtr& block() const { return block_; }
-  // REQUIRES: Finish was told that it is put.
+  // REQUIRES: it is stored, and finished.
   std::span<const std::byte> stored() const {
     const StoredForm& form = block_class_.form();
-    return form.plain() ? block_->bytes : form.lossy() ? block_->stored.bytes() : stored_.bytes;
+    if (form.plain()) return block_->bytes;
+    return form.whole_at_any_cut() ? block_->stored.bytes() : stored_.bytes;
   }
 
  private:
   const BlockClass& block_class_;
+  bool is_stored_;
   CachedBlockPtr block_;
   StoredBlock stored_;
   std::vector<float> errors_;
-  std::vector<std::vector<float>> exact_keys_;    // [layers], of a lossy form
+  std::vector<std::vector<float>> exact_keys_;    // [layers], of a form that is whole at any cut
   std::vector<std::vector<float>> exact_values_;  // [layers]
 };
 
@@ -488,7 +493,7 @@ BlockSupply::Progress BlockSupply::Advance(const SupplyJobPtr& job) {
     // What is to be computed behind it needs it complete.
     if (i < job->full_before && !job->blocks[i]->complete()) return Progress::kWaiting;
   }
-  if (block_class_->form().lossy()) {
+  if (block_class_->form().whole_at_any_cut()) {
     // Nothing is computed over them any more: what was read in full for that is read as asked.
     job->full_before = 0;
     RaiseNeeds(job.get());
@@ -541,7 +546,7 @@ void BlockSupply::PublishFromMemory(const SupplyJobPtr& job, size_t block) {
     job->need.published(block, OkStatus());
     return;
   }
-  if (form.plain() || form.lossy()) {
+  if (form.plain() || form.whole_at_any_cut()) {
     PutWhole(job, block, *here.manifest, form.plain() ? here.bytes : here.stored.bytes());
     return;
   }
@@ -559,7 +564,10 @@ Status BlockSupply::ComputeNext(const SupplyJobPtr& job) {
       std::find(job->place.begin(), job->place.end(), Place::kCompute) - job->place.begin());
   KV_CHECK(index < job->place.size());
   const TimePoint started = clock_->Now();
-  ComputedBlock made(*block_class_, job->keys[index]);
+  // Fewer cuts are read from what is stored, also where there is no tier.
+  const bool reads_stored =
+      block_class_->form().whole_at_any_cut() && job->need.wire != Wire::kFull;
+  ComputedBlock made(*block_class_, job->keys[index], tier_ != nullptr || reads_stored);
   // Only a plain block's size is known before all of it is. And a put has a deadline from its
   // beginning on: where computing might take most of it, what is computed is put at once
   // afterwards.
@@ -587,7 +595,7 @@ Status BlockSupply::ComputeNext(const SupplyJobPtr& job) {
     return status;
   }
   const TimePoint computed = clock_->Now();
-  made.Finish(ToStore(*job, index), tier_ != nullptr);
+  made.Finish(ToStore(*job, index));
   computing_ = clock_->Now() - started;
   planner_->SawPrefill(kBlockTokens, computed - started);
   planner_->SawEncode(kBlockTokens, started + computing_ - computed);

@@ -121,6 +121,7 @@ class KltForm final : public StoredForm {
     facts.name = "klt";
     facts.tag = static_cast<uint32_t>(FormTag::kKlt);
     facts.basis = pack.digest;
+    facts.whole_at_any_cut = true;
     facts.lossy = true;
     facts.numerics = fmt::format("/klt-{:.16}", ToHex(pack.digest));
     for (size_t cut = 0; cut < cuts.size(); ++cut) {

@@ -20,7 +20,7 @@ CachedBlock::CachedBlock(const BlockClass& block_class, const CachedBlock& held,
   KV_CHECK(held.complete());
   copied = held.portion.Meet(portion);
   manifest = held.manifest;
-  if (block_class.form().lossy()) {
+  if (block_class.form().whole_at_any_cut()) {
     if (manifest == nullptr) return;  // it held nothing
     const StoredForm& form = block_class.form();
     const std::vector<ManifestRow>& rows = held.manifest->rows;
@@ -89,7 +89,7 @@ void LocalCache::Insert(CachedBlockPtr block) {
 }
 
 void LocalCache::Trim() {
-  if (block_class_->form().lossy()) {
+  if (block_class_->form().whole_at_any_cut()) {
     for (Entry& entry : order_) Count(&entry);
   }
   if (bytes_ > limit_bytes_ && held_ != 0) {

@@ -26,7 +26,7 @@ struct CachedBlock {
   Portion portion;
   std::optional<Portion> copied;  // what of it came out of a block that was here before
   std::vector<std::byte> bytes;
-  StoredRows stored;           // the portion's rows; of lossy forms only
+  StoredRows stored;           // the portion's rows; of forms that are whole at any cut only
   std::vector<uint8_t> ready;  // [layers of the model]; 0 for layers out of scope
   int layers_missing = 0;      // layers in scope that are not ready
   Status failed;               // not ok: what is missing will never come

@@ -198,6 +198,7 @@ std::span<const std::byte> StoredRows::Row(size_t row) const {
 
 StoredForm::StoredForm(Facts facts) : facts_(std::move(facts)) {
   KV_CHECK(!facts_.rows.empty() && facts_.lossy == !facts_.numerics.empty());
+  KV_CHECK(facts_.whole_at_any_cut || !facts_.lossy);
   bool keys = false;
   for (const StoredRow& row : facts_.rows) {
     const bool of_keys = row.part == static_cast<uint8_t>(Part::kKeys);

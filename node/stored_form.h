@@ -43,7 +43,8 @@ struct BlockToStore {
   std::span<const int32_t> tokens;    // kBlockTokens of them
   int position = 0;                   // of the first
   std::span<const float> max_errors;  // [row], as AttendedPayload::EncodeLayer set them; not lossy
-  // Lossy forms only: what a LayerSink got, [layers][kBlockTokens x width of its keys or values].
+  // Forms that are whole at any cut only: what a LayerSink got, [layers][kBlockTokens x width of
+  // its keys or values].
   std::span<const std::vector<float>> keys;
   std::span<const std::vector<float>> values;
 };
@@ -83,8 +84,9 @@ struct BlockToRead {
   std::span<const int32_t> tokens;                // kBlockTokens of them
   int position = 0;                               // of the first
   Portion portion{Cuts()};
-  std::span<std::byte> payload;        // what will be attended
-  const StoredRows* stored = nullptr;  // rows that arrived; of a lossy form also those held before
+  std::span<std::byte> payload;  // what will be attended
+  // Rows that arrived; of a form that is whole at any cut also those held before.
+  const StoredRows* stored = nullptr;
 };
 
 // Makes a block's attended payload out of its stored rows as they arrive. Single-owner.
@@ -111,13 +113,15 @@ class StoredForm {
   const std::optional<Digest>& basis() const { return facts_.basis; }
   // Whether what is stored is the attended payload, byte for byte.
   bool plain() const { return facts_.plain; }
-  // Whether the stored block is less exact than what was computed, so that what is attended is
-  // decoded from it, by who computed it as well. Then
-  // 1. what is attended depends on the form, so the form is part of the numerics class;
-  // 2. any cuts give a whole payload, those of fewer cuts another one, so that a block in memory
-  //    serves those who want exactly its cuts;
-  // 3. blocks in memory keep their stored rows: they are what more of the block builds upon, and
-  //    what is published.
+  // Whether any cuts give a whole payload, those of fewer cuts a less exact one; else each cut adds
+  // bytes of its own to it. Then
+  // 1. a block in memory serves those who want exactly its cuts;
+  // 2. blocks in memory keep their stored rows: they are what more of the block builds upon, what
+  //    fewer cuts are read from, and what is published.
+  bool whole_at_any_cut() const { return facts_.whole_at_any_cut; }
+  // Whether all of a stored block is still less exact than what was computed. Then what is attended
+  // is decoded from it, by who computed it as well, and depends on the form, so that the form is
+  // part of the numerics class. Only of forms that are whole at any cut.
   bool lossy() const { return facts_.lossy; }
   // Behind the codec's name in the numerics class; empty unless lossy.
   const std::string& numerics() const { return facts_.numerics; }
@@ -125,7 +129,7 @@ class StoredForm {
   std::span<const StoredRow> rows() const { return facts_.rows; }
   // [the form's layers]: whether it is needed where only the model's global layers are attended.
   const std::vector<bool>& global_layers() const { return facts_.global_layers; }
-  // [cut] of a lossy form; else empty.
+  // [cut] of a form that is whole at any cut; else empty.
   const std::vector<std::string>& cut_names() const { return facts_.cut_names; }
   // [cut] mean KL (nats a token) that reading up to a cut was measured to cost; as cut_names.
   const std::vector<float>& cut_errors() const { return facts_.cut_errors; }
@@ -147,6 +151,7 @@ class StoredForm {
     uint32_t tag = 0;
     std::optional<Digest> basis{};
     bool plain = false;
+    bool whole_at_any_cut = false;
     bool lossy = false;
     std::string numerics;
     std::vector<StoredRow> rows;

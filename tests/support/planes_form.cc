@@ -52,6 +52,7 @@ node::StoredForm::Facts PlanesForm::FactsOf(const AttendedPayload& attended) {
   facts.name = "planes";
   facts.tag = 1000;
   facts.basis = Digest{std::byte{42}};
+  facts.whole_at_any_cut = true;
   facts.lossy = true;
   facts.numerics = "/planes";
   facts.cut_names = {"one", "two", "three"};
