@@ -7,6 +7,7 @@
 #include "base/bytes.h"
 #include "base/check.h"
 #include "kernels/implementation.h"
+#include "node/klt_bits.h"
 
 namespace kvant::node {
 namespace {
@@ -17,56 +18,6 @@ constexpr float kBitsWorth = 0.1155F;
 constexpr int kEscapeBits = 22;  // of what follows a last symbol
 constexpr int kEscape = kKltSymbols - 1;
 constexpr float kNever = 1e6F;  // bits of a symbol that can't be coded
-
-// Bits, the lowest first.
-class BitWriter {
- public:
-  void Put(uint32_t value, int bits) {
-    held_ |= static_cast<uint64_t>(value) << count_;
-    count_ += bits;
-    while (count_ >= 8) {
-      bytes_.push_back(static_cast<std::byte>(held_ & 0xFFU));
-      held_ >>= 8U;
-      count_ -= 8;
-    }
-  }
-  std::vector<std::byte> Take() {
-    if (count_ > 0) bytes_.push_back(static_cast<std::byte>(held_ & 0xFFU));
-    return std::move(bytes_);
-  }
-
- private:
-  uint64_t held_ = 0;
-  int count_ = 0;
-  std::vector<std::byte> bytes_;
-};
-
-class BitReader {
- public:
-  explicit BitReader(std::span<const std::byte> bytes) : bytes_(bytes) {}
-  // 0 beyond the end, which overrun() tells.
-  uint32_t Take(int bits) {
-    while (count_ < bits) {
-      const uint64_t next = at_ < bytes_.size() ? static_cast<uint64_t>(bytes_[at_]) : 0;
-      ++at_;
-      held_ |= next << count_;
-      count_ += 8;
-    }
-    const auto value = static_cast<uint32_t>(held_ & ((uint64_t{1} << bits) - 1));
-    held_ >>= bits;
-    count_ -= bits;
-    return value;
-  }
-  // Whether exactly all bytes were taken.
-  bool AtEnd() const { return at_ == bytes_.size(); }
-  bool overrun() const { return at_ > bytes_.size(); }
-
- private:
-  std::span<const std::byte> bytes_;
-  size_t at_ = 0;
-  uint64_t held_ = 0;
-  int count_ = 0;
-};
 
 Status Malformed(std::string_view what) {
   return DataLoss("a klt block: {}; was it coded with another pack or cut?", what);

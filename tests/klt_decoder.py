@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""A second decoder of klt blocks.
+"""A second decoder of klt blocks and of exact extents.
 
-  klt_decoder.py tests/golden/klt      decodes every golden file: levels must be the same, rows nearly
+  klt_decoder.py tests/golden/klt      decodes every golden file: levels and exact numbers must be the same, rows nearly
 
 Python's standard library only. Numbers are doubles here; levels and what they stand for are rounded as fp32 is, and sums are
-not, so that rows differ from fp32's in the last bits.
+not, so that rows differ from fp32's in the last bits. Segments' checksums are not looked at.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import pathlib
 import struct
 import sys
 
-from format_decoder import Malformed, Reader, bf16, decode_rans, fp32, normalised
+from format_decoder import KEYS, Malformed, Reader, bf16, decode_rans, fp32, normalised
 
 TOKENS, SINKS, SOURCE_COEFFICIENTS, GROUP_WIDTH = 64, 4, 384, 3072
 LOWEST, HIGHEST, MOST_LOW_BITS = -3, 3, 20     # octaves that have tables of their own
@@ -25,6 +25,8 @@ ESCAPE, ESCAPE_BITS, LARGEST = SYMBOLS - 1, 22, 1 << 20
 PARTS = [float.fromhex(x) for x in ("0x1.172b84p-1", "0x1.4bfdaep-1", "0x1.8ace54p-1", "0x1.d5818ep-1")]
 NOWHERE = (-1, 0)
 HALF = float.fromhex("0x1.6a09e6p-1")            # of an octave
+NEAREST, FAR, FARTHEST = -8, 8, 47             # exact extents: quarters
+MIDDLE, EXACT_ESCAPE, MOST_SCALE, NONE_MISSING = 63, 128, 511, 15
 
 
 class Pack:
@@ -115,23 +117,31 @@ def refined_place(cut, significant, deviation, step, more):
     return FIRST_TABLES + (2 * (cut - 1) + significant) * RATIOS + ratio, 0
 
 
+class LowBits:
+    """Bits off bytes, the lowest of each first."""
+
+    def __init__(self, data):
+        self.bytes, self.bits, self.used = len(data), int.from_bytes(data, "little"), 0
+
+    def take(self, count):
+        if self.used + count > 8 * self.bytes:
+            raise Malformed("low bits")
+        value = self.bits >> self.used & (1 << count) - 1
+        self.used += count
+        return value
+
+    def end(self):
+        if -(-self.used // 8) != self.bytes:
+            raise Malformed("bytes are left over")
+
+
 def read_levels(pack, places, extent):
     """A level for each place, 0 where it has no table."""
     reader = Reader(extent)
     size, = struct.unpack("<I", reader.take(4))
     coded = [table for table, _ in places if table >= 0]
     symbols = iter(decode_rans(pack.tables, coded, len(coded), reader.take(size)))
-    rest = reader.rest()
-    bits, left, used = int.from_bytes(rest, "little"), 8 * len(rest), 0
-
-    def take(count):
-        nonlocal bits, left, used
-        if count > left:
-            raise Malformed("low bits")
-        value = bits & (1 << count) - 1
-        bits, left, used = bits >> count, left - count, used + count
-        return value
-
+    low = LowBits(reader.rest())
     levels = []
     for table, low_bits in places:
         if table < 0:
@@ -139,13 +149,12 @@ def read_levels(pack, places, extent):
             continue
         folded = next(symbols)
         if folded == ESCAPE:
-            folded = take(ESCAPE_BITS)
-        folded = folded << low_bits | take(low_bits)
+            folded = low.take(ESCAPE_BITS)
+        folded = folded << low_bits | low.take(low_bits)
         if folded > 2 * LARGEST:
             raise Malformed("a level")
         levels.append((folded + 1) // 2 if folded & 1 else -(folded // 2))
-    if -(-used // 8) != len(rest):
-        raise Malformed("bytes are left over")
+    low.end()
     return levels
 
 
@@ -228,6 +237,148 @@ def decode(pack, cuts, position, embeddings, extents):
     return out
 
 
+def cells():
+    """(first ordinal, low bits) of each cell, were the exponent of s that of 1."""
+    out = []
+    for octave in range(-9, 4):
+        low_bits = 7 - (3 if octave >= -3 else 1 if octave >= -5 else 0)
+        out += [((127 + octave << 7) + at, low_bits) for at in range(0, 128, 1 << low_bits)]
+    return out
+
+
+def half_ordinal(doubled):
+    """The number at half of this ordinal, between two where that is none."""
+    def value(ordinal):
+        return math.ldexp(float(128 + ordinal % 128), (ordinal >> 7) - 127 - 7)
+    return (value(doubled >> 1) + value(doubled + 1 >> 1)) / 2
+
+
+def chance(f, s, low, high):
+    """What is between two numbers of Student's t around f."""
+    def at(x):
+        z = (x - f) / s
+        power = 1 + z * z / 13
+        for _ in range(3):
+            power *= power
+        return 1 / power
+    step = (high - low) / 16
+    total = at(low) + at(high)
+    for i in range(1, 16):
+        total += at(low + step * i) * (4 if i % 2 else 2)
+    return total * step / (3 * 2.372733099721983 * s)
+
+
+def far_bits(quarters):
+    return max(0, 5 - quarters // 4)
+
+
+def exact_table(quarters, half):
+    """Frequencies where f is so many quarters of octaves above s, and s in this half of its octave."""
+    scale = (1.189207115002721, 1.681792830507429)[half]
+    middle = (127 + quarters // 4 << 7) + (quarters % 4 << 5) + 16
+    chances = []
+    if quarters < FAR:
+        f = 0.125 if quarters == NEAREST else half_ordinal(2 * middle)
+        for first, low_bits in cells():
+            low, high = half_ordinal(2 * first - 1), half_ordinal(2 * (first + (1 << low_bits)) - 1)
+            chances += [chance(f, scale, low, high), chance(f, scale, -high, -low)]
+    else:
+        f, bits = half_ordinal(2 * middle), far_bits(quarters)
+        span = half_ordinal(2 * middle + 2) - f
+        s = math.sqrt(scale * scale + span * span / 12)
+        for step in range(2 * MIDDLE + 1):
+            first = middle + (step - MIDDLE << bits) - (1 << bits >> 1)
+            chances.append(chance(f, s, half_ordinal(2 * first - 1), half_ordinal(2 * (first + (1 << bits)) - 1)))
+    counts, left = [0] * (EXACT_ESCAPE + 1), 1 << 24
+    for i, x in enumerate(chances):
+        count = int(min(x, 1.0) * (1 << 24))
+        counts[i] = min(count, left) if count >= 2048 else 0
+        left -= counts[i]
+    counts[EXACT_ESCAPE] = max(left, 8192)
+    return normalised(counts)
+
+
+def to_bf16(value):
+    bits, = struct.unpack("<I", struct.pack("<f", value))
+    return bits + 0x7FFF + (bits >> 16 & 1) >> 16
+
+
+def read_exact(segments, extent):
+    """The numbers of each segment in the order of `raw`. segments: (kind, tokens, heads, head_dim, decoded)."""
+    reader = Reader(extent)
+    coded = []      # (segment, where in raw, f, scale or None)
+    for number, (kind, tokens, heads, head_dim, decoded) in enumerate(segments):
+        header, = struct.unpack("<8xH", reader.take(10))
+        channels, largest = heads * head_dim, header & 0x7FFF
+        if largest > MOST_SCALE:
+            raise Malformed("a scale")
+        below = [0] * channels
+        if header & 0x8000:
+            halves = reader.take((channels + 1) // 2)
+            below = [halves[c // 2] >> c % 2 * 4 & 15 for c in range(channels)]
+        for t in range(tokens):
+            for c in range(channels):
+                at = c * tokens + t if kind == KEYS else (c // head_dim * tokens + t) * head_dim + c % head_dim
+                missing = not (header & 0x8000) or below[c] != NONE_MISSING
+                f = to_bf16(decoded[t * channels + c])
+                coded.append((number, at, f, max(0, largest - below[c]) if missing else None))
+    size, = struct.unpack("<I", reader.take(4))
+    stream, low, cell = reader.take(size), LowBits(reader.rest()), cells()
+    quarters = [None if scale is None else min((f & 0x7FFF) // 32 - 4 * (scale // 2), FARTHEST) for _, _, f, scale in coded]
+    chosen = [2 * (max(q, NEAREST) - NEAREST) + scale % 2 for q, (_, _, _, scale) in zip(quarters, coded) if q is not None]
+    used = {table: exact_table(table // 2 + NEAREST, table % 2) for table in chosen}
+    tables = [used.get(table, []) for table in range(2 * (FARTHEST + 1 - NEAREST))]
+    symbols = iter(decode_rans(tables, chosen, len(chosen), stream))
+    out = [[0] * len(decoded) for *_, decoded in segments]
+    for q, (number, at, f, scale) in zip(quarters, coded):
+        if q is None:
+            out[number][at] = f
+            continue
+        symbol = next(symbols)
+        if symbol == EXACT_ESCAPE:
+            out[number][at] = low.take(16)
+            continue
+        if q < FAR:
+            first, bits = cell[symbol // 2]
+            magnitude = first + low.take(bits) - (127 - scale // 2 << 7)
+            ordinal = -1 - magnitude if symbol % 2 else magnitude
+            if magnitude < 0:
+                raise Malformed("a number")
+        else:
+            bits = far_bits(q)
+            ordinal = (f & 0x7FFF) + (symbol - MIDDLE << bits) + low.take(bits) - (1 << bits >> 1)
+        if not -0x8000 <= ordinal < 0x8000:
+            raise Malformed("a number")
+        negative = (ordinal < 0) != (f >= 0x8000)
+        out[number][at] = (-1 - ordinal if ordinal < 0 else ordinal) | (0x8000 if negative else 0)
+    low.end()
+    return out
+
+
+def verify_exact(path):
+    """An error text, or None."""
+    reader = Reader(path.read_bytes())
+    if reader.take(8) != b"KVEXA001":
+        return "not a golden file"
+    good, count = reader.take(2)
+    segments = []
+    for _ in range(count):
+        kind, _, tokens, heads, head_dim = struct.unpack("<2B3H", reader.take(8))
+        elements = tokens * heads * head_dim
+        segments.append((kind, tokens, heads, head_dim, struct.unpack(f"<{elements}f", reader.take(4 * elements))))
+    size, = struct.unpack("<I", reader.take(4))
+    try:
+        read = read_exact(segments, reader.take(size))
+    except Malformed as error:
+        return f"refused: {error}" if good else None
+    if not good:
+        return "decoded, but must be refused"
+    for number, found in enumerate(read):
+        if struct.pack(f"<{len(found)}H", *found) != reader.take(2 * len(found)):
+            return f"segment {number} has other numbers"
+    return None if not reader.rest() else "bytes are left over"
+
+
 def verify(path):
     """An error text, or None."""
     reader = Reader(path.read_bytes())
@@ -263,10 +414,10 @@ def verify(path):
 
 
 def main():
-    files = sorted(pathlib.Path(sys.argv[1]).glob("*.klt"))
+    files = sorted(path for path in pathlib.Path(sys.argv[1]).iterdir() if path.suffix in (".klt", ".exact"))
     failed = 0 if files else 1
     for path in files:
-        error = verify(path)
+        error = verify(path) if path.suffix == ".klt" else verify_exact(path)
         if error:
             print(f"{path.name}: {error}")
             failed += 1

@@ -1,11 +1,14 @@
-// Writes the golden files of klt blocks and their codec packs from fixed seeds:
+// Writes the golden files of klt blocks, their codec packs and exact extents from fixed seeds:
 //   make_klt_golden tests/golden/klt
 // Run it only when the format changes on purpose; the difference belongs into the same commit as
 // the change of docs/klt.md.
+#include <cmath>
 #include <cstdio>
 #include <fstream>
 
+#include "kernels/float_formats.h"
 #include "kernels/linear.h"
+#include "tests/klt_exact_golden.h"
 #include "tests/klt_golden.h"
 #include "tests/support/random_klt_pack.h"
 
@@ -78,6 +81,43 @@ void WriteBad(const std::string& prefix, const KltGolden& good) {
   });
 }
 
+// Numbers of all sizes, their errors from none to larger than they are.
+ExactGolden MakeExact(kernels::SegmentKind values, bool by_channel, Random* random) {
+  ExactGolden file;
+  file.Add(kernels::SegmentKind::kKey, {64, 2, 8});
+  file.Add(values, {64, values == kernels::SegmentKind::kLatent ? 1 : 2, 8});
+  for (size_t s = 0; s < file.segments.size(); ++s) {
+    const size_t channels = file.decoded[s].size() / 64;
+    for (size_t i = 0; i < file.decoded[s].size(); ++i) {
+      const int octave = by_channel ? -static_cast<int>(i % channels) : 0;
+      const double size = std::ldexp(random->Normal(), octave + static_cast<int>(i % 5));
+      const double error = std::ldexp(random->Normal(), octave - 4 * static_cast<int>(s));
+      file.decoded[s][i] = static_cast<float>(size);
+      uint16_t x = kernels::ToBf16(static_cast<float>(size + error));
+      // Of one channel nothing is missing, and some numbers are nowhere near.
+      if (by_channel && i % channels == 3) x = kernels::ToBf16(file.decoded[s][i]);
+      if (i % 97 == 0) x = static_cast<uint16_t>(random->Below(65536));
+      file.raw[s][file.At(s, i / channels, i % channels)] = x;
+    }
+  }
+  KltExact().Encode(file.Segments(), file.Raw(), &file.extent);
+  return file;
+}
+
+void WriteBadExact(const std::string& prefix, const ExactGolden& good) {
+  const auto write = [&](const char* what, auto change) {
+    ExactGolden bad = good;
+    bad.good = false;
+    change(&bad.extent);
+    Write(prefix + "-bad-" + what + ".exact", Serialize(bad));
+  };
+  using Extent = std::vector<std::byte>;
+  write("short", [](Extent* extent) { extent->pop_back(); });
+  write("long", [](Extent* extent) { extent->push_back({}); });
+  write("none", [](Extent* extent) { extent->resize(9); });
+  write("scale", [](Extent* extent) { (*extent)[9] |= std::byte{2}; });
+}
+
 void WriteAll(const std::string& directory) {
   Random random(20250301);
   for (const std::string name : kKltGoldenModels) {
@@ -94,6 +134,12 @@ void WriteAll(const std::string& directory) {
     Write(prefix + "-later.klt", Serialize(Make(**model, pack, {2}, kBlockTokens, &random)));
     if (name == "heads") WriteBad(prefix, first);
   }
+  using kernels::SegmentKind;
+  const ExactGolden values = MakeExact(SegmentKind::kValue, false, &random);
+  Write(directory + "/values.exact", Serialize(values));
+  WriteBadExact(directory + "/values", values);
+  Write(directory + "/latents.exact", Serialize(MakeExact(SegmentKind::kLatent, false, &random)));
+  Write(directory + "/channels.exact", Serialize(MakeExact(SegmentKind::kValue, true, &random)));
 }
 
 }  // namespace

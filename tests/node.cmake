@@ -45,6 +45,7 @@ add_test(NAME klt_golden_scalar_test COMMAND klt_golden_test)
 set_tests_properties(klt_golden_scalar_test PROPERTIES
   ENVIRONMENT KVANT_ISA=scalar TIMEOUT 60 LABELS golden)
 kvant_test(klt_importance_test LIBS kvant_test_models LABELS unit)
+kvant_test(klt_exact_test LIBS kvant_node LABELS unit property fuzz)
 kvant_test(klt_levels_test LIBS kvant_node LABELS unit)
 kvant_test(klt_pack_test LIBS kvant_test_models LABELS unit)
 kvant_test(requests_test LIBS kvant_test_nodes LABELS unit fuzz)

@@ -1,12 +1,14 @@
-// klt blocks that nobody vouches for, at all their cuts; and codec packs: what one that is loaded
-// encodes is read.
+// klt blocks that nobody vouches for, at all their cuts; codec packs: what one that is loaded
+// encodes is read; and exact extents.
 #include <algorithm>
 #include <cmath>
 #include <memory>
 
 #include "base/check.h"
 #include "base/random.h"
+#include "kernels/float_formats.h"
 #include "kernels/linear.h"
+#include "node/klt_exact.h"
 #include "node/mapped_file.h"
 #include "tests/fuzz/fuzz_input.h"
 #include "tests/klt_golden.h"
@@ -17,9 +19,11 @@ namespace {
 
 using namespace kvant::node;
 
-// The first byte of an input: 0..2 a block of this model, 3 a pack of the first one.
-constexpr uint8_t kKinds = 4;
+// The first byte of an input: 0..2 a block of this model, 3 a pack of the first one, 4 an exact
+// extent.
+constexpr uint8_t kKinds = 5;
 constexpr uint8_t kPackKind = 3;
+constexpr uint8_t kExactKind = 4;
 
 struct World {
   std::unique_ptr<Model> model;
@@ -104,6 +108,55 @@ void CodeWithPack(const World& world, std::span<const std::byte> file) {
   }
 }
 
+// Segments as they were decoded, of all sizes, and what they should have been.
+struct Exact {
+  explicit Exact(uint8_t seed) {
+    Random random(seed);
+    for (const auto kind : {kernels::SegmentKind::kKey, kernels::SegmentKind::kValue}) {
+      const kernels::SegmentShape shape = {64, 2, 4};
+      std::vector<float>& of = decoded.emplace_back(64 * 2 * 4);
+      std::vector<uint16_t>& x = raw.emplace_back();
+      for (float& f : of) {
+        f = static_cast<float>(std::ldexp(random.Normal(), static_cast<int>(random.Below(8))));
+        x.push_back(kernels::ToBf16(f + static_cast<float>(random.Normal())));
+      }
+      segments.push_back({kind, shape, of.data()});
+    }
+  }
+  Bytes Encoded() const {
+    Bytes bytes;
+    const std::vector<const uint16_t*> from = {raw[0].data(), raw[1].data()};
+    coder().Encode(segments, from, &bytes);
+    return bytes;
+  }
+  Status Read(std::span<const std::byte> extent) {
+    const std::vector<uint16_t*> to = {raw[0].data(), raw[1].data()};
+    return coder().Decode(extent, segments, to);
+  }
+  static const KltExact& coder() {
+    static const KltExact coder;
+    return coder;
+  }
+
+  std::vector<std::vector<float>> decoded;
+  std::vector<std::vector<uint16_t>> raw;
+  std::vector<ExactSegment> segments;
+};
+
+void ReadExact(FuzzInput* input) {
+  Exact exact(input->Take<uint8_t>());
+  const std::span<const std::byte> rest = input->Rest();
+  const Bytes own(rest.begin(), rest.end());
+  const Status status = exact.Read(own);
+  if (!status.ok()) {
+    KV_CHECK(status.code() == StatusCode::kDataLoss);
+    return;
+  }
+  // Whatever it says can be said again.
+  const std::vector<std::vector<uint16_t>> read = exact.raw;
+  KV_CHECK(exact.Read(exact.Encoded()).ok() && exact.raw == read);
+}
+
 }  // namespace
 
 std::vector<Bytes> SeedInputs() {
@@ -134,6 +187,12 @@ std::vector<Bytes> SeedInputs() {
   KV_CHECK(mapped.ok());
   Bytes& seed = seeds.emplace_back(1, std::byte{kPackKind});
   seed.insert(seed.end(), (*mapped)->bytes().begin(), (*mapped)->bytes().end());
+  for (const uint8_t number : {uint8_t{1}, uint8_t{2}}) {
+    Bytes extent = {std::byte{kExactKind}, std::byte{number}};
+    const Bytes encoded = Exact(number).Encoded();
+    extent.insert(extent.end(), encoded.begin(), encoded.end());
+    seeds.push_back(std::move(extent));
+  }
   return seeds;
 }
 
@@ -145,6 +204,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const uint8_t kind = input.Take<uint8_t>() % kKinds;
   if (kind == kPackKind) {
     CodeWithPack(WorldOf(0), input.Rest());
+  } else if (kind == kExactKind) {
+    ReadExact(&input);
   } else {
     ReadBlock(WorldOf(kind), &input);
   }
