@@ -190,8 +190,8 @@ Result<const StoredForm*> BlockClass::FormOf(const BlockManifest& manifest) cons
   for (const StoredFormPtr& form : forms_) {
     if (form->tag() == manifest.codec) {
       return MakeStatus(StatusCode::kUnsupported,
-                        "it is stored as {} with a codec pack that this node does not have; give "
-                        "all nodes the same pack",
+                        "it is stored as {} with a codec pack or cuts other than this node's; "
+                        "give all nodes the same pack and cuts",
                         form->name());
     }
     read += fmt::format("{}{} (tag {})", read.empty() ? "" : ", ", form->name(), form->tag());

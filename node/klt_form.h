@@ -1,5 +1,5 @@
 // Blocks that stand in the tier as conditional transform coding makes them, and are attended in
-// another codec (docs/klt.md, "In the tier").
+// another codec, or refined to exact bf16 (docs/klt.md, "In the tier").
 #pragma once
 
 #include <memory>
@@ -14,10 +14,14 @@
 
 namespace kvant::node {
 
+// Behind other cuts: what they lack of codec `raw`.
+inline constexpr std::string_view kExactCut = "exact";
+
 // cuts: names of the pack's, those that a block holds: one, or several that refine each other
 // (KltPack::refining), comma-separated. What all of them say is what prefill attends, so they are
-// part of the numerics class, as the pack is. Borrows the model. kInvalidArgument: cuts that there
-// are not, or that can't be held together (lists those that can).
+// part of the numerics class, as the pack is. With kExactCut behind them, of codec `raw`, that is
+// the exact state, and the class is the one of `raw` stored plain. Borrows the model.
+// kInvalidArgument: cuts that there are not, or that can't be held together (lists those that can).
 Result<StoredFormPtr> MakeKltForm(const Model* model, std::shared_ptr<const KltPack> pack,
                                   std::string_view cuts, const AttendedPayload& attended);
 

@@ -65,7 +65,7 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
       ->add_option(
           "--cuts", node->cuts,
           "Cuts of the pack that a block of --store klt holds: one, or such as refine each "
-          "other, comma-separated")
+          "other, comma-separated; with --codec raw, 'exact' may stand behind them")
       ->capture_default_str();
   command
       ->add_option(

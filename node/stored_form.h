@@ -25,7 +25,7 @@ namespace kvant::node {
 
 // BlockManifest::codec of forms that are not plain; a plain block has its kernels::CodecId, which
 // are below. docs/block-format.md lists them.
-enum class FormTag : uint32_t { kLossless = 16, kKlt = 17 };
+enum class FormTag : uint32_t { kLossless = 16, kKlt = 17, kKltExact = 18 };
 
 // A row that every whole block of a form has.
 struct StoredRow {

@@ -37,17 +37,29 @@ class Equality : public testing::TestWithParam<std::string> {
   NodeWorldOptions Options(uint64_t shard_bytes) const {
     NodeWorldOptions options;
     options.node.codec = Codec();
-    options.node.store = GetParam() == kLossless ? kLossless : "plain";
+    if (GetParam() == kLossless) options.node.store = kLossless;
+    SetModel(support::TinyModel(), &options);
     options.shard_bytes = shard_bytes;
     return options;
   }
+  void SetModel(const std::filesystem::path& model, NodeWorldOptions* options) const {
+    options->node.model = model;
+    if (GetParam() != kExact) return;
+    options->node.store = "klt";
+    options->node.pack = support::KltPackOf(model);
+    options->node.cuts = "coarse,fine,finest,exact";
+  }
   // What is attended, whatever it is stored as.
-  static std::string Codec() { return GetParam() == kLossless ? "raw" : GetParam(); }
+  static std::string Codec() {
+    return GetParam() == kLossless || GetParam() == kExact ? "raw" : GetParam();
+  }
 
   static constexpr const char* kLossless = "lossless";
+  static constexpr const char* kExact = "klt_exact";
 };
 
-INSTANTIATE_TEST_SUITE_P(Codecs, Equality, testing::Values("raw", "lossless", "tile8", "tile4"),
+INSTANTIATE_TEST_SUITE_P(Codecs, Equality,
+                         testing::Values("raw", "lossless", "klt_exact", "tile8", "tile4"),
                          [](const auto& codec) { return codec.param; });
 
 TEST_P(Equality, OfBatchesThreadsAndCaches) {
@@ -93,13 +105,13 @@ TEST_P(Equality, OfModelsWithSlidingLayers) {
       const std::vector<Request> requests =
           RandomRequests({.seed = 20 + static_cast<uint64_t>(wire)});
       NodeWorldOptions alone = Options(0);
-      alone.node.model = model;
+      SetModel(model, &alone);
       alone.node.wire = WireName(wire);
       alone.node.max_batch = 1;
       const std::vector<AnswerText> expected = TextsOf(NodeWorld(alone).Answer(requests));
       for (const uint64_t local_bytes : {uint64_t{0}, uint64_t{300} << 10}) {
         NodeWorldOptions options = Options(kPlenty);
-        options.node.model = model;
+        SetModel(model, &options);
         options.node.wire = WireName(wire);
         options.node.local_cache_bytes = local_bytes;
         options.always_fetch = true;
@@ -166,11 +178,11 @@ TEST_P(Equality, OverWiresThatFail) {
     SCOPED_TRACE(testing::Message() << "seed " << seed << ", " << model);
     const std::vector<Request> requests = RandomRequests({.seed = 40 + seed});
     NodeWorldOptions alone = Options(0);
-    alone.node.model = model;
+    SetModel(model, &alone);
     alone.node.max_batch = 1;
     const std::vector<AnswerText> expected = TextsOf(NodeWorld(alone).Answer(requests));
     NodeWorldOptions options = Options(kPlenty);
-    options.node.model = model;
+    SetModel(model, &options);
     options.node.local_cache_bytes = seed <= 2 ? 0 : 300 << 10;
     options.node.tier_timeout_s = 0.05;
     options.always_fetch = true;

@@ -8,6 +8,8 @@
 #include <ostream>
 #include <utility>
 
+#include "kernels/linear.h"
+#include "tests/support/random_klt_pack.h"
 #include "tests/support/random_model.h"
 
 namespace kvant::support {
@@ -48,6 +50,21 @@ const std::filesystem::path& SlidingModel() {
 const std::filesystem::path& AllSlidingModel() {
   static const std::filesystem::path path = MakeModel("all-sliding", AllSlidingConfig());
   return path;
+}
+
+const std::filesystem::path& KltPackOf(const std::filesystem::path& model) {
+  static const TemporaryDirectory directory;
+  static std::map<std::filesystem::path, std::filesystem::path> packs;
+  std::filesystem::path& file = packs[model];
+  if (!file.empty()) return file;
+  file = directory.path() / (model.filename().string() + ".klt");
+  KV_CHECK(kernels::LoadBlas().ok());
+  const Result<std::unique_ptr<node::Model>> of = node::Model::Load(model);
+  KV_CHECK(of.ok());
+  Random random(1);
+  node::KltPack pack = RandomKltPack(**of, &random);
+  KV_CHECK(node::SaveKltPack(file, **of, &pack).ok());
+  return file;
 }
 
 NodeWorld::NodeWorld(const NodeWorldOptions& options) : options_(options) {

@@ -28,6 +28,9 @@ const std::filesystem::path& SlidingModel();
 // A Mistral-like one, whose layers all do.
 const std::filesystem::path& AllSlidingModel();
 
+// A codec pack of random numbers for one of them (RandomKltPack), written once a process.
+const std::filesystem::path& KltPackOf(const std::filesystem::path& model);
+
 struct NodeWorldOptions {
   node::NodeOptions node;              // without a model: TinyModel()
   uint64_t shard_bytes = 0;            // 0: no cache at all, in the node neither

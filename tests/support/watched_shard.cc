@@ -27,8 +27,6 @@ WatchedShard::WatchedShard() : memory_(4 << 20), transport_(hub_.MakeTransport()
 WatchedShard::Node WatchedShard::Connect(const std::string& codec, uint64_t local_cache_bytes,
                                          const std::filesystem::path& model,
                                          const std::string& store) {
-  Node made;
-  made.transport = hub_.MakeTransport();
   node::NodeOptions options = NodeWorldOptions().node;
   options.model = model;
   options.codec = codec;
@@ -36,6 +34,12 @@ WatchedShard::Node WatchedShard::Connect(const std::string& codec, uint64_t loca
   options.local_cache_bytes = local_cache_bytes;
   // On a busy machine the link looks slow, and `auto` is to find it fast enough for everything.
   options.fetch_budget_ms = 1e6;
+  return Connect(options);
+}
+
+WatchedShard::Node WatchedShard::Connect(const node::NodeOptions& options) {
+  Node made;
+  made.transport = hub_.MakeTransport();
   made.node = *node::NodeRuntime::Create(options);
   const Status status = made.node->ConnectTier(made.transport.get(), map(), std::chrono::seconds(2),
                                                [this] { Turn(); });

@@ -32,6 +32,7 @@ class WatchedShard {
   Node Connect(const std::string& codec, uint64_t local_cache_bytes,
                const std::filesystem::path& model = TinyModel(),
                const std::string& store = "plain");
+  Node Connect(const node::NodeOptions& options);
   std::unique_ptr<Transport> MakeTransport() { return hub_.MakeTransport(); }
   ShardMap map() const { return *ShardMap::Make(kStaticEpoch, {Shard{"loopback:shard"}}); }
   void Turn() { pump_->Turn(SteadyClock().Now()); }
