@@ -5,6 +5,7 @@
 #include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <string>
 #include <vector>
 
 #include "base/clock.h"
@@ -15,6 +16,7 @@
 #include "node/eval_past.h"
 #include "node/eval_text.h"
 #include "node/klt.h"
+#include "node/klt_form.h"
 #include "node/requests.h"
 
 namespace kvant::node {
@@ -24,10 +26,19 @@ constexpr int kRounds = 3;  // the fastest counts
 
 double SecondsSince(TimePoint started) { return Seconds(SteadyClock().Now() - started); }
 
+// A block of a prefix and its exact payload.
+struct Block {
+  std::vector<int32_t> tokens;
+  int position = 0;
+  KltCoder::Rows rows;
+  std::vector<std::vector<float>> keys;  // [layer][tokens x width]
+  std::vector<std::vector<float>> values;
+  std::vector<std::byte> payload;  // in codec raw
+};
+
 // A prefix's state and what it took to compute.
 struct Computed {
-  std::vector<KltCoder::Rows> rows;  // [block]
-  std::vector<std::vector<float>> entering;  // [block]
+  std::vector<Block> blocks;
   double seconds = 0;
 };
 
@@ -35,26 +46,100 @@ Result<Computed> Compute(const Model& model, Decoder* decoder, std::span<const i
   const BlockClass exact_class(&model, &kernels::kRawBf16Codec, {});
   EncodedBlocks exact(&exact_class);
   PrefixState state(model.config(), tokens, 0);
-  state.KeepEntering(std::vector<int>{0});
   const TimePoint started = SteadyClock().Now();
   KV_RETURN_IF_ERROR(PrefillBlocks(decoder, tokens, &exact, {}, &state));
   Computed computed;
   computed.seconds = SecondsSince(started);
   const auto width = static_cast<size_t>(StateWidth(model.config()));
-  const auto hidden = static_cast<size_t>(model.config().hidden);
   for (int at = 0; at < state.tokens(); at += kBlockTokens) {
-    const auto entering =
-        state.entering(0).subspan(static_cast<size_t>(at) * hidden, kBlockTokens * hidden);
-    computed.entering.emplace_back(entering.begin(), entering.end());
-    KltCoder::Rows& block = computed.rows.emplace_back();
+    const auto of_block = tokens.subspan(static_cast<size_t>(at), kBlockTokens);
+    Block& block = computed.blocks.emplace_back();
+    block.tokens.assign(of_block.begin(), of_block.end());
+    block.position = at;
+    const std::span<const std::byte> payload = exact.payload(at / kBlockTokens);
+    block.payload.assign(payload.begin(), payload.end());
+    const auto part_of = [&](const float* from, size_t row) {
+      const float* const begin = from + static_cast<size_t>(at) * row;
+      return std::vector<float>(begin, begin + kBlockTokens * row);
+    };
     for (int layer = 0; layer < state.layers(); ++layer) {
-      GatherState(model, layer, at, kBlockTokens,
-                  state.keys(layer) + static_cast<size_t>(at) * state.key_width(),
-                  state.values(layer) + static_cast<size_t>(at) * state.value_width(),
-                  block.emplace_back(kBlockTokens * width).data());
+      block.keys.push_back(part_of(state.keys(layer), state.key_width()));
+      block.values.push_back(part_of(state.values(layer), state.value_width()));
+      GatherState(model, layer, at, kBlockTokens, block.keys.back().data(),
+                  block.values.back().data(), block.rows.emplace_back(kBlockTokens * width).data());
     }
   }
   return computed;
+}
+
+// What is measured of a way to store blocks.
+struct Row {
+  std::string name;
+  double encode_s = std::numeric_limits<double>::max();
+  double decode_s = std::numeric_limits<double>::max();
+  size_t bytes = 0;
+};
+
+Status MeasureCuts(const KltCoder& coder, std::span<const Block> blocks, Row* row) {
+  std::vector<KltCoder::Extents> coded(blocks.size());
+  TimePoint started = SteadyClock().Now();
+  for (size_t b = 0; b < coded.size(); ++b)
+    coder.Encode(coder.Embeddings(blocks[b].tokens), blocks[b].position, blocks[b].rows, &coded[b]);
+  row->encode_s = std::min(row->encode_s, SecondsSince(started));
+  KltCoder::Rows made;
+  row->bytes = 0;
+  started = SteadyClock().Now();
+  for (size_t b = 0; b < coded.size(); ++b) {
+    KltReader reader(&coder, coder.Embeddings(blocks[b].tokens), blocks[b].position);
+    for (size_t group = 0; group < coder.groups(); ++group) {
+      std::vector<std::span<const std::byte>> extents;
+      for (const auto& of_cut : coded[b]) {
+        extents.emplace_back(of_cut[group]);
+        row->bytes += of_cut[group].size();
+      }
+      KV_RETURN_IF_ERROR(reader.Read(group, extents, &made));
+    }
+  }
+  row->decode_s = std::min(row->decode_s, SecondsSince(started));
+  return OkStatus();
+}
+
+// An exact form, and that what is read is what was stored.
+Status MeasureForm(const StoredForm& form, const AttendedPayload& attended, std::span<Block> blocks,
+                   Row* row) {
+  const std::vector<float> max_errors(attended.layout(Scope::kAll).rows().size());
+  std::vector<StoredBlock> coded(blocks.size());
+  TimePoint started = SteadyClock().Now();
+  for (size_t b = 0; b < coded.size(); ++b) {
+    BlockToStore block;
+    block.tokens = blocks[b].tokens;
+    block.position = blocks[b].position;
+    block.max_errors = max_errors;
+    block.keys = blocks[b].keys;
+    block.values = blocks[b].values;
+    form.Encode(block, blocks[b].payload, &coded[b]);
+  }
+  row->encode_s = std::min(row->encode_s, SecondsSince(started));
+  std::vector<StoredRows> stored;
+  row->bytes = 0;
+  for (StoredBlock& block : coded) {
+    row->bytes += block.bytes.size();
+    stored.emplace_back(std::move(block));
+  }
+  std::vector<std::vector<std::byte>> read(blocks.size());
+  for (size_t b = 0; b < read.size(); ++b) read[b].resize(blocks[b].payload.size());
+  started = SteadyClock().Now();
+  for (size_t b = 0; b < read.size(); ++b) {
+    const std::unique_ptr<StoredReader> reader =
+        form.MakeReader({stored[b].manifest(), blocks[b].tokens, blocks[b].position,
+                         form.full_cuts(), read[b], &stored[b]});
+    std::vector<int> ready;
+    for (uint16_t layer = 0; layer < stored[b].manifest()->LayerEnd(); ++layer)
+      KV_RETURN_IF_ERROR(reader->Arrived(layer, &ready));
+  }
+  row->decode_s = std::min(row->decode_s, SecondsSince(started));
+  for (size_t b = 0; b < read.size(); ++b) KV_CHECK(read[b] == blocks[b].payload);
+  return OkStatus();
 }
 
 }  // namespace
@@ -64,57 +149,45 @@ Result<int> BenchKlt(const KltBenchOptions& options) {
   KV_RETURN_IF_ERROR(kernels::LoadBlas());
   kernels::ThreadPool pool(1);
   KV_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model, Model::Load(options.model));
-  KV_ASSIGN_OR_RETURN(const KltPack pack, LoadKltPack(options.pack, *model));
+  KV_ASSIGN_OR_RETURN(KltPack loaded, LoadKltPack(options.pack, *model));
+  const auto pack = std::make_shared<const KltPack>(std::move(loaded));
   KV_ASSIGN_OR_RETURN(const EvalText text, EvalText::Load(options.text, &model->tokenizer()));
   KV_ASSIGN_OR_RETURN(const std::vector<EvalWindow> windows, text.Windows({options.tokens, 2, 1}));
   const std::vector<int32_t>& tokens = windows[0].prefix;
-  const auto block_of = [&](size_t block) {
-    return std::span(tokens).subspan(block * kBlockTokens, kBlockTokens);
-  };
   Decoder decoder(model.get(), &pool);
 
-  struct Row {
-    std::string cuts;
-    KltCoder coder;
-    double encode_s = std::numeric_limits<double>::max();
-    double decode_s = std::numeric_limits<double>::max();
-    size_t bytes = 0;
-  };
+  std::vector<KltCoder> coders;  // [row]; behind them forms
+  std::vector<StoredFormPtr> forms;
   std::vector<Row> rows;
-  for (size_t cut = 0; cut < pack.cuts().size(); ++cut)
-    rows.push_back({pack.cuts()[cut].name, {model.get(), &pack, {cut}}});
-  if (pack.refining.size() > 1) {
-    rows.push_back(
-        {pack.cuts()[pack.refining.back()].name + ", refined", {model.get(), &pack, pack.refining}});
+  for (size_t cut = 0; cut < pack->cuts().size(); ++cut) {
+    rows.push_back({pack->cuts()[cut].name});
+    coders.emplace_back(model.get(), pack.get(), std::vector<size_t>{cut});
   }
+  if (pack->refining.size() > 1) {
+    rows.push_back({pack->cuts()[pack->refining.back()].name + ", refined"});
+    coders.emplace_back(model.get(), pack.get(), pack->refining);
+  }
+  const AttendedPayload attended(kernels::kRawBf16Codec, model->config());
+  // The first cut that others refine, and all of those.
+  std::string cuts;
+  for (size_t i = 0; i < pack->refining.size(); ++i) {
+    cuts += pack->cuts()[pack->refining[i]].name + ",";
+    if (i != 0 && i + 1 < pack->refining.size()) continue;
+    rows.push_back({cuts + std::string(kExactCut)});
+    KV_ASSIGN_OR_RETURN(forms.emplace_back(),
+                        MakeKltForm(model.get(), pack, rows.back().name, attended));
+  }
+  rows.push_back({"lossless"});
+  forms.push_back(MakeLosslessForm(attended));
+
   double prefill_s = std::numeric_limits<double>::max();
   for (int round = 0; round < kRounds; ++round) {
-    KV_ASSIGN_OR_RETURN(const Computed computed, Compute(*model, &decoder, tokens));
+    KV_ASSIGN_OR_RETURN(Computed computed, Compute(*model, &decoder, tokens));
     prefill_s = std::min(prefill_s, computed.seconds);
-    for (Row& row : rows) {
-      std::vector<KltCoder::Extents> coded(computed.rows.size());
-      TimePoint started = SteadyClock().Now();
-      for (size_t b = 0; b < coded.size(); ++b) {
-        row.coder.Encode(computed.entering[b], static_cast<int>(b) * kBlockTokens, computed.rows[b],
-                         &coded[b]);
-      }
-      row.encode_s = std::min(row.encode_s, SecondsSince(started));
-      KltCoder::Rows made;
-      row.bytes = 0;
-      started = SteadyClock().Now();
-      for (size_t b = 0; b < coded.size(); ++b) {
-        KltReader reader(&row.coder, row.coder.Embeddings(block_of(b)),
-                         static_cast<int>(b) * kBlockTokens);
-        for (size_t group = 0; group < row.coder.groups(); ++group) {
-          std::vector<std::span<const std::byte>> extents;
-          for (const auto& of_cut : coded[b]) {
-            extents.emplace_back(of_cut[group]);
-            row.bytes += of_cut[group].size();
-          }
-          KV_RETURN_IF_ERROR(reader.Read(group, extents, &made));
-        }
-      }
-      row.decode_s = std::min(row.decode_s, SecondsSince(started));
+    for (size_t i = 0; i < rows.size(); ++i) {
+      KV_RETURN_IF_ERROR(i < coders.size() ? MeasureCuts(coders[i], computed.blocks, &rows[i])
+                                           : MeasureForm(*forms[i - coders.size()], attended,
+                                                         computed.blocks, &rows[i]));
     }
   }
 
@@ -122,15 +195,15 @@ Result<int> BenchKlt(const KltBenchOptions& options) {
   std::printf("%d tokens, one thread, OpenBLAS core type %s, kernels %s; prefill %.0f tokens/s\n",
               options.tokens, kernels::BlasCoreType().c_str(),
               std::string(kernels::ActiveImplementation().name).c_str(), count / prefill_s);
-  std::printf("%-16s %10s %12s %8s %12s %8s\n", "cut", "bits/elt", "encode tok/s", "ratio",
+  std::printf("%-26s %10s %12s %8s %12s %8s\n", "cut", "bits/elt", "encode tok/s", "ratio",
               "decode tok/s", "ratio");
   nlohmann::json json = nlohmann::json::array();
   for (const Row& row : rows) {
-    const double bits = 8.0 * static_cast<double>(row.bytes) / count / pack.layers / pack.width;
-    std::printf("%-16s %10.3f %12.0f %8.2f %12.0f %8.2f\n", row.cuts.c_str(), bits,
+    const double bits = 8.0 * static_cast<double>(row.bytes) / count / pack->layers / pack->width;
+    std::printf("%-26s %10.3f %12.0f %8.2f %12.0f %8.2f\n", row.name.c_str(), bits,
                 count / row.encode_s, prefill_s / row.encode_s, count / row.decode_s,
                 prefill_s / row.decode_s);
-    json.push_back({{"cut", row.cuts},
+    json.push_back({{"cut", row.name},
                     {"bits_per_element", bits},
                     {"prefill_tokens_per_s", count / prefill_s},
                     {"encode_tokens_per_s", count / row.encode_s},

@@ -16,7 +16,7 @@ namespace {
 
 // 2 bytes a symbol and 6 of what follows it, with the states of rANS and a length before them.
 constexpr uint64_t kMostOfLevel = 8;
-constexpr uint64_t kOfExtent = kBlockTokens + sizeof(uint32_t) + kernels::RansBound(0);
+constexpr uint64_t kOfExtent = sizeof(uint32_t) + kernels::RansBound(0);
 
 class KltForm final : public StoredForm {
  public:
@@ -203,9 +203,9 @@ class KltForm final : public StoredForm {
         row.layer = static_cast<uint16_t>(group);
         row.kind = static_cast<uint8_t>(kernels::SegmentKind::kLatent);
         const KltBasis& basis = pack.transforms[0].bases[group];
-        row.min_bytes = kOfExtent;
-        row.max_bytes =
-            kOfExtent + kMostOfLevel * static_cast<uint64_t>(kBlockTokens * basis.coefficients);
+        row.min_bytes = kOfExtent + (cut == 0 ? kBlockTokens : 0);  // a byte of each token
+        row.max_bytes = row.min_bytes +
+                        kMostOfLevel * static_cast<uint64_t>(kBlockTokens * basis.coefficients);
         if (cut == cuts.size()) {
           row.max_bytes = KltExact::Bound(2 * pack.transforms[0].groups[group].layers.size(),
                                           static_cast<uint64_t>(kBlockTokens * basis.width));
