@@ -40,7 +40,9 @@ class KltStateCoder final : public StateCoder {
   }
   std::vector<int> entering_layers() const override {
     std::vector<int> layers;
-    for (const KltTransform& transform : pack_->transforms) layers.push_back(transform.recomputed);
+    for (const KltTransform& transform : pack_->transforms) {
+      if (transform.recomputed > 0) layers.push_back(transform.recomputed);
+    }
     return layers;
   }
   bool blockwise() const override { return true; }
@@ -66,9 +68,7 @@ class KltStateCoder final : public StateCoder {
       for (int at = 0; at < exact.tokens(); at += kBlockTokens) {
         const int position = exact.first_position() + at;
         const KltCoder::Rows& of_block = rows[static_cast<size_t>(at / kBlockTokens)];
-        const auto hidden = static_cast<size_t>(pack_->hidden);
-        const auto entering = exact.entering(coder.transform().recomputed)
-                                  .subspan(static_cast<size_t>(at) * hidden, kBlockTokens * hidden);
+        const std::vector<float> entering = Entering(exact, coder, static_cast<size_t>(at));
         KltCoder::Extents extents;
         coder.Encode(entering, position, of_block, &extents);
         // What is measured is what a reader gets out of the bytes, or computes.
@@ -94,6 +94,16 @@ class KltStateCoder final : public StateCoder {
   }
 
  private:
+  // Of the block of tokens from `at` on.
+  static std::vector<float> Entering(const PrefixState& exact, const KltCoder& coder, size_t at) {
+    const int recomputed = coder.transform().recomputed;
+    if (recomputed == 0) return coder.Embeddings(exact.token_ids().subspan(at, kBlockTokens));
+    const auto hidden = static_cast<size_t>(coder.pack().hidden);
+    const auto entering =
+        exact.entering(recomputed).subspan(at * hidden, kBlockTokens * hidden);
+    return {entering.begin(), entering.end()};
+  }
+
   const Model& model_;
   std::shared_ptr<const KltPack> pack_;
   // What a wire is: the first cuts of a coder.
