@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -13,7 +14,8 @@ namespace kvant::kernels {
 
 // Threads that kernels may use, owned by main(). Work is split into fixed pieces, so that results
 // do not depend on the number of threads. Idle threads sleep. Thread-safe: one ParallelFor runs at
-// a time, a second caller waits for it; a body must not call ParallelFor of the same pool.
+// a time, a second caller waits for it; neither a body nor a task calls ParallelFor of the same
+// pool.
 class ThreadPool {
  public:
   // threads counts the caller of ParallelFor; 1 starts none. REQUIRES: threads >= 1.
@@ -29,6 +31,12 @@ class ThreadPool {
         pieces, [](const void* context, int piece) { (*static_cast<const Body*>(context))(piece); },
         &body);
   }
+  // Leaves `task` to a thread that has no piece to do, or to who calls DoTask; tasks begin in the
+  // order of Post. With one thread nobody but DoTask does them. Those that did not begin before the
+  // pool ends are dropped.
+  void Post(std::function<void()> task);
+  // Does the next task on the calling thread. False: there is none that did not begin.
+  bool DoTask();
 
  private:
   void Run(int pieces, void (*call)(const void*, int), const void* context);

@@ -1,8 +1,12 @@
 // The pool behind linear.h: workers sleep until a job comes, and claim its pieces one by one.
+// Tasks are for those who have no pieces to do: somebody waits for each of these.
 #include <atomic>
 #include <condition_variable>
+#include <deque>
+#include <functional>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "base/check.h"
@@ -25,6 +29,7 @@ struct ThreadPool::State {
   const void* context = nullptr;
   int pieces = 0;
   std::atomic<int> next = 0;
+  std::deque<std::function<void()>> tasks;  // under `mutex`
   std::vector<std::thread> workers;
 
   void DoPieces() {
@@ -35,12 +40,26 @@ struct ThreadPool::State {
     }
   }
 
+  // REQUIRES: `held` holds the mutex, and there is a task.
+  void DoTask(std::unique_lock<std::mutex>* held) {
+    std::function<void()> task = std::move(tasks.front());
+    tasks.pop_front();
+    held->unlock();
+    task();
+    task = nullptr;  // what it holds goes while nothing is locked
+    held->lock();
+  }
+
   void WorkerLoop() {
     uint64_t seen = 0;
     std::unique_lock lock(mutex);
     for (;;) {
-      work.wait(lock, [&] { return stop || job != seen; });
+      work.wait(lock, [&] { return stop || job != seen || !tasks.empty(); });
       if (stop) return;
+      if (job == seen) {
+        DoTask(&lock);
+        continue;
+      }
       seen = job;
       // The caller may have done everything before this thread woke.
       if (next.load(std::memory_order_relaxed) >= pieces) continue;
@@ -69,6 +88,21 @@ ThreadPool::~ThreadPool() {
 }
 
 int ThreadPool::threads() const { return static_cast<int>(state_->workers.size()) + 1; }
+
+void ThreadPool::Post(std::function<void()> task) {
+  {
+    const std::lock_guard lock(state_->mutex);
+    state_->tasks.push_back(std::move(task));
+  }
+  state_->work.notify_one();
+}
+
+bool ThreadPool::DoTask() {
+  std::unique_lock lock(state_->mutex);
+  if (state_->tasks.empty()) return false;
+  state_->DoTask(&lock);
+  return true;
+}
 
 void ThreadPool::Run(int pieces, void (*call)(const void*, int), const void* context) {
   if (pieces <= 1 || state_->workers.empty()) {

@@ -58,7 +58,7 @@ Status BlockArrival::Accept(const std::shared_ptr<const BlockManifest>& manifest
     }
   }
   for (size_t layer = 0; layer < here.size(); ++layer) {
-    if (here[layer]) KV_RETURN_IF_ERROR(Arrived(static_cast<uint16_t>(layer)));
+    if (here[layer]) whole_.push_back(static_cast<uint16_t>(layer));
   }
   return OkStatus();
 }
@@ -84,13 +84,18 @@ Status BlockArrival::TakeLayer(uint16_t layer, std::span<const SelectedRow> rows
     KV_RETURN_IF_ERROR(VerifyRange(*block_->manifest, selected.row, to));
     *bytes += row.length;
   }
-  return Arrived(layer);
+  whole_.push_back(layer);
+  return OkStatus();
 }
 
-Status BlockArrival::Arrived(uint16_t layer) {
-  ready_.clear();
-  KV_RETURN_IF_ERROR(reader_->Arrived(layer, &ready_));
-  for (const int model_layer : ready_) block_->MarkReady(model_layer);
+void BlockArrival::MarkReady(std::span<const int> ready) {
+  for (const int layer : ready) block_->MarkReady(layer);
+}
+
+Status BlockArrival::DecodeWhole() {
+  std::vector<int> ready;
+  for (const uint16_t layer : TakeWhole()) KV_RETURN_IF_ERROR(Decode(layer, &ready));
+  MarkReady(ready);
   return OkStatus();
 }
 
@@ -100,7 +105,8 @@ CachedBlockPtr ReadLess(const BlockClass& block_class, const CachedBlock& held,
   // Every layer slides, and nothing of them was attended, so that nobody fetched a manifest.
   if (held.manifest == nullptr) return block->complete() ? block : nullptr;
   BlockArrival arrival(&block_class, block, tokens, position);
-  return arrival.Accept(held.manifest).ok() && block->complete() ? block : nullptr;
+  const bool read = arrival.Accept(held.manifest).ok() && arrival.DecodeWhole().ok();
+  return read && block->complete() ? block : nullptr;
 }
 
 }  // namespace kvant::node

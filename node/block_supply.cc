@@ -409,12 +409,14 @@ void BlockSupply::StartFetches(const SupplyJobPtr& job) {
 
 bool BlockSupply::StartFetch(const SupplyJobPtr& job, std::span<const size_t> indices,
                              const std::vector<BlockFetch>& blocks) {
-  std::vector<std::pair<CachedBlockPtr, CutEnds>> counted;
+  // Not held: the link stops to decode what nobody has any more.
+  std::vector<std::pair<std::weak_ptr<CachedBlock>, CutEnds>> counted;
   for (const BlockFetch& fetch : blocks) counted.emplace_back(fetch.block, fetch.ends);
   const bool started =
       tier_->Fetch(blocks, [weak = std::weak_ptr(job), counted = std::move(counted), this] {
-        for (const auto& [block, ends] : counted) {
-          if (!block->complete()) continue;
+        for (const auto& [fetched, ends] : counted) {
+          const CachedBlockPtr block = fetched.lock();
+          if (block == nullptr || !block->complete()) continue;
           CountSliding(*block, ends);
           last_ends_ = block->manifest->EndsOfCuts();
         }

@@ -109,22 +109,24 @@ class KltForm final : public StoredForm {
         const size_t row = static_cast<size_t>(cut) * form_.coder_.groups() + group;
         extents.emplace_back(block_.stored->Row(row));
       }
+      const auto& layers = form_.pack_->transforms[0].groups[group].layers;
       const bool exact = extents.size() > form_.coder_.cuts();
       KV_RETURN_IF_ERROR(reader_.Read(
           group, std::span(extents).first(std::min(extents.size(), form_.coder_.cuts())), &rows_));
-      if (!exact) {
+      if (exact) {
+        const Decoded decoded(form_, group, block_.position, rows_);
+        KV_RETURN_IF_ERROR(form_.exact_->Decode(
+            extents.back(), decoded.segments,
+            decoded.Raw<uint16_t>(block_.portion.scope, block_.payload.data())));
+        // As of a payload that is stored plain, in which bytes could say anything.
+        const Portion attended(form_.attended_.FullCuts(), block_.portion.scope);
+        for (const int layer : layers)
+          KV_RETURN_IF_ERROR(form_.attended_.CheckLayer(layer, attended, block_.payload));
+      } else {
         form_.WritePayload(group, block_.position, block_.portion.scope, rows_,
                            block_.payload.data());
-        return OkStatus();
       }
-      const Decoded decoded(form_, group, block_.position, rows_);
-      KV_RETURN_IF_ERROR(
-          form_.exact_->Decode(extents.back(), decoded.segments,
-                               decoded.Raw<uint16_t>(block_.portion.scope, block_.payload.data())));
-      // As of a payload that is stored plain, in which bytes could say anything.
-      const Portion attended(form_.attended_.FullCuts(), block_.portion.scope);
-      for (const int layer : form_.pack_->transforms[0].groups[group].layers)
-        KV_RETURN_IF_ERROR(form_.attended_.CheckLayer(layer, attended, block_.payload));
+      for (const int layer : layers) rows_[static_cast<size_t>(layer)] = {};
       return OkStatus();
     }
 

@@ -116,6 +116,7 @@ Status NodeRuntime::ConnectTier(Transport* transport, ShardMap map, Duration wai
                                 std::function<void()> beside) {
   TierLinkOptions link;
   link.arena_bytes = options_.tier_arena_bytes;
+  link.pool = pool_.get();
   link.timeout =
       std::chrono::duration_cast<Duration>(std::chrono::duration<double>(options_.tier_timeout_s));
   KV_ASSIGN_OR_RETURN(tier_, TierLink::Create(transport, std::move(map), block_class_.get(),

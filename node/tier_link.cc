@@ -22,6 +22,8 @@ constexpr uint64_t kPutChunkBytes = uint64_t{128} << 10;
 constexpr uint64_t kArenaShare = 4;
 // Forms that a warning names; more are a mistake, or malice, that need no line each.
 constexpr size_t kMaxWarned = 16;
+// While others decode, the network is looked at so often.
+constexpr Duration kLookAgainAfter = std::chrono::microseconds(200);
 
 }  // namespace
 
@@ -43,10 +45,12 @@ struct TierLink::Operation {
   FetchDone fetch_done;
   PutDone put_done;
   std::optional<Status> outcome;       // of a put that ended before it was sealed
-  std::vector<BlockArrival> arrivals;  // of a fetch
+  std::vector<BlockArrival> arrivals;  // of a fetch; they stay in place
+  bool arrived = false;                // of a fetch: the client is done with it
+  size_t decoding = 0;                 // layers that others decode
   std::vector<Item> items;
-  uint64_t arrived_bytes = 0;                 // of a put: computed and not yet announced
-  std::array<Duration, kMaxCuts> decoding{};  // [BlockClass::DecodeDepth] of a fetch, so far
+  uint64_t arrived_bytes = 0;                    // of a put: computed and not yet announced
+  std::array<Duration, kMaxCuts> decode_took{};  // [BlockClass::DecodeDepth] of a fetch, so far
   std::array<size_t, kMaxCuts> decoded_layers{};
   int next_layer = 0;  // of a put: the first that was not announced
 };
@@ -73,6 +77,10 @@ Result<std::unique_ptr<TierLink>> TierLink::Create(Transport* transport, ShardMa
   link->meter_.emplace(planner, clock->Now());
   link->arena_bytes_ = connection_options.arena_bytes;
   link->timeout_ = options.timeout;
+  if (options.pool != nullptr && options.pool->threads() > 1) {
+    link->decoders_ = options.pool->threads();
+    link->decoding_ = std::make_unique<BlockDecoding>(options.pool, clock);
+  }
   return link;
 }
 
@@ -87,7 +95,23 @@ bool TierLink::Poll() {
   meter_->Looked(clock_->Now());
   // OnEvent may start operations but never polls, so the list stands still.
   for (const ClientEvent& event : events_) OnEvent(event);
-  return progress || !events_.empty();
+  bool decoded = false;
+  if (decoding_ != nullptr && decoding_->open() > 0) {
+    decoded_.clear();
+    decoded = decoding_->Take(&decoded_);
+    for (const BlockDecoding::Outcome& outcome : decoded_) OnDecoded(outcome);
+    GiveUpDecoding();
+  }
+  return progress || !events_.empty() || decoded;
+}
+
+void TierLink::Wait(Duration at_most) {
+  if (decoding_ != nullptr && decoding_->open() > 0) {
+    decoding_->HelpOrWait(std::min(at_most, kLookAgainAfter));
+    return;
+  }
+  transport_->Wait(at_most);
+  meter_->Looked(clock_->Now());
 }
 
 void TierLink::Lookup(std::span<const BlockKey> chain, LookupDone done) {
@@ -132,6 +156,7 @@ bool TierLink::Fetch(std::span<const BlockFetch> blocks, FetchDone done) {
   request.buffer = *buffer;
   request.deadline = now + timeout_;
   uint64_t offset = 0;
+  operation->arrivals.reserve(blocks.size());
   for (const BlockFetch& fetch : blocks) {
     const std::optional<Portion>& copied = fetch.block->copied;
     std::vector<Selection> missing =
@@ -225,8 +250,10 @@ void TierLink::CancelPut(PutId put) {
   operations_.erase(found);
 }
 
-void TierLink::FailBlock(const CachedBlockPtr& block, const Status& status) {
+void TierLink::FailBlock(const BlockArrival& arrival, const Status& status) {
+  const CachedBlockPtr& block = arrival.block();
   if (block->complete() || !block->failed.ok()) return;
+  if (decoding_ != nullptr) decoding_->Abandon(&arrival);
   block->failed = status;
   ++stats_.failed_blocks;
   spdlog::info("block {} was not fetched: {}", block->key.ShortHex(), status.ToString());
@@ -244,33 +271,107 @@ void TierLink::WarnUnread(const BlockManifest& manifest, const Status& status) {
                status.message());
 }
 
-void TierLink::OnLayer(Operation* operation, const ClientEvent& event) {
+void TierLink::Refuse(Operation* operation, size_t index, const Status& status) {
+  const BlockArrival& arrival = operation->arrivals[index];
+  if (status.code() == StatusCode::kDataLoss) {
+    ++stats_.data_loss;
+    const auto item = std::find_if(operation->items.begin(), operation->items.end(),
+                                   [&](const auto& of) { return of.arrival == index; });
+    connection_->client().ReportCorrupt(arrival.block()->key, item->run, clock_->Now());
+  }
+  FailBlock(arrival, status);
+}
+
+void TierLink::SawDecoding(Operation* operation, const BlockArrival& arrival, size_t layers,
+                           Duration took) {
+  const size_t depth = block_class_->DecodeDepth(arrival.block()->portion.cuts);
+  operation->decode_took[depth] += took;
+  operation->decoded_layers[depth] += layers;
+}
+
+void TierLink::OnLayer(OpId op, Operation* operation, const ClientEvent& event) {
   Operation::Item& item = operation->items[event.item];
   BlockArrival& arrival = operation->arrivals[item.arrival];
   const CachedBlockPtr& block = arrival.block();
   if (!block->failed.ok()) return;
-  const auto fail = [&](const Status& status) {
-    if (status.code() == StatusCode::kDataLoss) {
-      ++stats_.data_loss;
-      connection_->client().ReportCorrupt(block->key, item.run, clock_->Now());
-    }
-    if (status.code() == StatusCode::kUnsupported) WarnUnread(*event.manifest, status);
-    FailBlock(block, status);
-  };
   const Status accepted = arrival.Accept(event.manifest);
-  if (!accepted.ok()) return fail(accepted);
+  if (accepted.code() == StatusCode::kUnsupported) WarnUnread(*event.manifest, accepted);
+  if (!accepted.ok()) return Refuse(operation, item.arrival, accepted);
   if (item.rows.empty()) item.rows = SelectRows(*event.manifest, item.selection);
   uint64_t bytes = 0;
   const TimePoint started = clock_->Now();
-  const int missing = block->layers_missing;
   const Status status = arrival.TakeLayer(event.layer, item.rows,
                                           operation->buffer->bytes().data() + item.offset, &bytes);
-  if (!status.ok()) return fail(status);
-  const size_t depth = block_class_->DecodeDepth(block->portion.cuts);
-  operation->decoding[depth] += clock_->Now() - started;
-  operation->decoded_layers[depth] += static_cast<size_t>(missing - block->layers_missing);
+  SawDecoding(operation, arrival, 0, clock_->Now() - started);
+  if (!status.ok()) return Refuse(operation, item.arrival, status);
   stats_.fetched_bytes += bytes;
   meter_->Arrived(bytes);
+  Decode(op, operation, item.arrival);
+}
+
+void TierLink::Decode(OpId op, Operation* operation, size_t index) {
+  BlockArrival& arrival = operation->arrivals[index];
+  const CachedBlockPtr& block = arrival.block();
+  if (decoding_ != nullptr && arrival.decodes_long()) {
+    for (const uint16_t layer : arrival.TakeWhole()) {
+      ++operation->decoding;
+      decoding_->Begin(op, index, &arrival, layer);
+    }
+    return;
+  }
+  const TimePoint started = clock_->Now();
+  const int missing = block->layers_missing;
+  const Status status = arrival.DecodeWhole();
+  SawDecoding(operation, arrival, static_cast<size_t>(missing - block->layers_missing),
+              clock_->Now() - started);
+  if (!status.ok()) Refuse(operation, index, status);
+}
+
+void TierLink::OnDecoded(const BlockDecoding::Outcome& outcome) {
+  Operation* operation = operations_.at(outcome.operation).get();
+  BlockArrival& arrival = operation->arrivals[outcome.index];
+  --operation->decoding;
+  if (!outcome.status.ok()) {
+    // Of one that failed before, what was left comes back as cancelled.
+    if (arrival.block()->failed.ok()) Refuse(operation, outcome.index, outcome.status);
+  } else if (arrival.block()->failed.ok()) {
+    arrival.MarkReady(outcome.ready);
+    SawDecoding(operation, arrival, outcome.ready.size(),
+                std::chrono::duration_cast<Duration>(outcome.took / decoders_));
+  }
+  if (operation->arrived && operation->decoding == 0) FinishFetch(outcome.operation);
+}
+
+void TierLink::GiveUpDecoding() {
+  const TimePoint now = clock_->Now();
+  for (const auto& [op, operation] : operations_) {
+    const bool late = operation->arrived && now >= operation->started + timeout_;
+    for (const BlockArrival& arrival : operation->arrivals) {
+      // Neither a sequence nor the node's cache.
+      const bool wanted = arrival.block().use_count() > 1;
+      if (!late && wanted) continue;
+      FailBlock(arrival,
+                wanted ? MakeStatus(StatusCode::kDeadlineExceeded,
+                                    "it arrived, but was not decoded within {:.1f} s of its fetch",
+                                    Seconds(timeout_))
+                       : MakeStatus(StatusCode::kCancelled, "nobody waits for it any more"));
+    }
+  }
+}
+
+void TierLink::FinishFetch(OpId op) {
+  const auto found = operations_.find(op);
+  Operation* operation = found->second.get();
+  for (const BlockArrival& arrival : operation->arrivals) {
+    stats_.fetched_blocks += arrival.block()->complete() ? 1 : 0;
+  }
+  for (size_t depth = 0; depth < kMaxCuts; ++depth) {
+    const double tokens = block_class_->TokensOfLayers(operation->decoded_layers[depth]);
+    if (tokens > 0) planner_->SawDecode(depth, tokens, operation->decode_took[depth]);
+  }
+  const FetchDone done = std::move(operation->fetch_done);
+  operations_.erase(found);
+  if (done) done();
 }
 
 void TierLink::OnEvent(const ClientEvent& event) {
@@ -286,31 +387,24 @@ void TierLink::OnEvent(const ClientEvent& event) {
       return;
     }
     case ClientEvent::Kind::kLayerArrived:
-      OnLayer(operation, event);
+      OnLayer(event.op, operation, event);
       return;
     case ClientEvent::Kind::kItemDone: {
-      const CachedBlockPtr& block =
-          operation->arrivals[operation->items[event.item].arrival].block();
       if (event.status.ok() && event.present) return;
+      const size_t index = operation->items[event.item].arrival;
+      const CachedBlockPtr& block = operation->arrivals[index].block();
       if (block->failed.ok()) block->absent = event.status.ok();
-      FailBlock(block, event.status.ok() ? Unavailable("the tier does not have it (any more)")
-                                         : event.status);
+      const Status status =
+          event.status.ok() ? Unavailable("the tier does not have it (any more)") : event.status;
+      Refuse(operation, index, status);
       return;
     }
-    case ClientEvent::Kind::kFetchDone: {
-      for (const BlockArrival& arrival : operation->arrivals) {
-        stats_.fetched_blocks += arrival.block()->complete() ? 1 : 0;
-      }
+    case ClientEvent::Kind::kFetchDone:
       meter_->FetchEnded();
-      for (size_t depth = 0; depth < kMaxCuts; ++depth) {
-        const double tokens = block_class_->TokensOfLayers(operation->decoded_layers[depth]);
-        if (tokens > 0) planner_->SawDecode(depth, tokens, operation->decoding[depth]);
-      }
-      const FetchDone done = std::move(operation->fetch_done);
-      operations_.erase(found);
-      if (done) done();
+      operation->arrived = true;
+      operation->buffer = nullptr;
+      if (operation->decoding == 0) FinishFetch(event.op);
       return;
-    }
     case ClientEvent::Kind::kPutDone: {
       if (!event.status.ok()) stats_.put_failure = event.status;
       ++(!event.status.ok()    ? stats_.put_failed

@@ -16,6 +16,7 @@
 #include "base/status.h"
 #include "cache_service/pump.h"
 #include "node/block_class.h"
+#include "node/block_decoding.h"
 #include "node/link_meter.h"
 #include "node/local_cache.h"
 #include "node/planner.h"
@@ -38,6 +39,8 @@ struct TierLinkOptions {
   std::string name = "node";                   // said to the shards, for their logs
   Duration timeout = std::chrono::seconds(5);  // of one lookup, fetch or put
   uint64_t arena_bytes = uint64_t{64} << 20;   // for blocks on their way; two blocks at least
+  // Decodes what takes long; borrowed. nullptr, or of one thread: the thread that polls does.
+  kernels::ThreadPool* pool = nullptr;
 };
 
 // A block to be fetched, new, and its place in its sequence.
@@ -50,6 +53,7 @@ struct BlockFetch {
 };
 
 // Single-owner. Callbacks run inside Poll and must not call back into the link's Poll.
+// A fetched layer is ready when a Poll saw that it is whole, verified and decoded.
 class TierLink {
  public:
   using LookupDone = std::function<void(const std::vector<LookupBlock>& blocks)>;
@@ -68,11 +72,8 @@ class TierLink {
   void SetBeside(std::function<void()> beside) { beside_ = std::move(beside); }
   // One round of progress. True if anything happened.
   bool Poll();
-  // Sleeps until something may have happened.
-  void Wait(Duration at_most) {
-    transport_->Wait(at_most);
-    meter_->Looked(clock_->Now());
-  }
+  // Decodes what nobody has begun to, or sleeps until something may have happened.
+  void Wait(Duration at_most);
 
   // REQUIRES: chain starts at a chain's block whose index is a multiple of kRunBlocks.
   void Lookup(std::span<const BlockKey> chain, LookupDone done);
@@ -108,8 +109,18 @@ class TierLink {
   TierLink();
   struct Operation;
   void OnEvent(const ClientEvent& event);
-  void OnLayer(Operation* operation, const ClientEvent& event);
-  void FailBlock(const CachedBlockPtr& block, const Status& status);
+  void OnLayer(OpId op, Operation* operation, const ClientEvent& event);
+  // Has all that is whole of an arrival decoded, here or by others.
+  void Decode(OpId op, Operation* operation, size_t index);
+  void OnDecoded(const BlockDecoding::Outcome& outcome);
+  void SawDecoding(Operation* operation, const BlockArrival& arrival, size_t layers, Duration took);
+  // Has no more decoded of blocks that nobody has any more, or that are late.
+  void GiveUpDecoding();
+  // A fetch that ended, once all of it is decoded.
+  void FinishFetch(OpId op);
+  // What came of a block can't be used; if it is corrupt, its shard is told.
+  void Refuse(Operation* operation, size_t index, const Status& status);
+  void FailBlock(const BlockArrival& arrival, const Status& status);
   // Once for each tag and basis that blocks could not be read for.
   void WarnUnread(const BlockManifest& manifest, const Status& status);
 
@@ -125,7 +136,11 @@ class TierLink {
   std::function<void()> beside_;
   std::unordered_map<OpId, std::unique_ptr<Operation>> operations_;
   std::vector<ClientEvent> events_;
+  std::vector<BlockDecoding::Outcome> decoded_;
   std::vector<std::pair<uint32_t, std::optional<Digest>>> warned_of_;
+  double decoders_ = 1;  // threads that decode beside each other
+  // Goes first: others decode for the operations.
+  std::unique_ptr<BlockDecoding> decoding_;
 };
 
 }  // namespace kvant::node

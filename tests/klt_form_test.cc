@@ -98,6 +98,7 @@ class KltExactForm : public testing::TestWithParam<const char*> {
         if (portion.scope == Scope::kGlobal && !pack_->transforms[0].groups[group].global) continue;
         uint64_t taken = 0;
         KV_RETURN_IF_ERROR(arrival.TakeLayer(group, rows, packed.data(), &taken));
+        KV_RETURN_IF_ERROR(arrival.DecodeWhole());
       }
     }
     return OkStatus();

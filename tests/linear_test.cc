@@ -170,6 +170,46 @@ TEST(ThreadPoolTest, CallersTakeTurns) {
   EXPECT_EQ(total.load(), 4000);
 }
 
+TEST(ThreadPoolTest, TasksRunOnceBesidePieces) {
+  for (const int threads : {1, 2, 5}) {
+    ThreadPool pool(threads);
+    constexpr int kTasks = 500;
+    std::vector<std::atomic<int>> runs(kTasks);
+    std::atomic<int> done = 0;
+    std::atomic<int> pieces = 0;
+    for (int i = 0; i < kTasks; ++i) {
+      pool.Post([&, i] {
+        ++runs[static_cast<size_t>(i)];
+        // A task may leave more to do.
+        if (i % 5 == 0) pool.Post([&] { ++done; });
+        ++done;
+      });
+      if (i % 7 == 0) pool.ParallelFor(3, [&](int) { ++pieces; });
+      if (i % 11 == 0) pool.DoTask();
+    }
+    while (done.load() < kTasks + kTasks / 5) {
+      if (!pool.DoTask()) std::this_thread::yield();
+    }
+    EXPECT_FALSE(pool.DoTask());
+    for (const std::atomic<int>& count : runs) ASSERT_EQ(count.load(), 1);
+    EXPECT_EQ(pieces.load(), (kTasks + 6) / 7 * 3);
+  }
+}
+
+TEST(ThreadPoolTest, TasksBeginInOrderAndEndWithThePool) {
+  std::vector<int> order;
+  const auto held = std::make_shared<int>(0);
+  {
+    ThreadPool pool(1);
+    for (int i = 0; i < 4; ++i) pool.Post([&order, held, i] { order.push_back(i); });
+    EXPECT_TRUE(pool.DoTask());
+    EXPECT_TRUE(pool.DoTask());
+    EXPECT_EQ(held.use_count(), 3) << "a task that ran holds nothing any more";
+  }
+  EXPECT_EQ(order, (std::vector<int>{0, 1}));
+  EXPECT_EQ(held.use_count(), 1);
+}
+
 double ExactBf16(uint16_t bits) {
   const int exponent = (bits >> 7) & 0xFF;
   const int mantissa = bits & 0x7F;

@@ -54,6 +54,7 @@ kvant_test(planner_test LIBS kvant_test_nodes LABELS unit)
 kvant_test(local_cache_test LIBS kvant_test_nodes LABELS unit property)
 kvant_test(report_test LIBS kvant_test_nodes LABELS unit)
 kvant_test(stored_form_test LIBS kvant_test_nodes LABELS unit fuzz)
+kvant_test(block_decoding_test LIBS kvant_test_nodes LABELS unit)
 kvant_test(block_supply_test LIBS kvant_test_nodes LABELS unit)
 kvant_test(prefill_role_test LIBS kvant_test_nodes LABELS unit fuzz)
 

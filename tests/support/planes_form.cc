@@ -70,8 +70,11 @@ node::StoredForm::Facts PlanesForm::FactsOf(const AttendedPayload& attended) {
   return facts;
 }
 
-PlanesForm::PlanesForm(const AttendedPayload& attended)
-    : StoredForm(FactsOf(attended)), attended_(attended), groups_(GroupsOf(attended)) {}
+PlanesForm::PlanesForm(const AttendedPayload& attended, OnDecode on_decode)
+    : StoredForm(FactsOf(attended)),
+      attended_(attended),
+      groups_(GroupsOf(attended)),
+      on_decode_(std::move(on_decode)) {}
 
 void PlanesForm::Encode(const BlockToStore& block, std::span<std::byte> payload,
                         node::StoredBlock* out) const {
@@ -128,6 +131,9 @@ class PlanesForm::Reader final : public node::StoredReader {
 
  private:
   Status Decode(size_t group, std::vector<int>* ready) {
+    if (form_.on_decode_) {
+      KV_RETURN_IF_ERROR(form_.on_decode_(block_.manifest->key, group));
+    }
     const size_t lead = Lead(block_.tokens, block_.position);
     const kernels::LayerShape& shape = form_.attended_.layout(Scope::kAll).shape();
     const size_t width = Width(form_.attended_);
@@ -166,14 +172,14 @@ std::unique_ptr<node::StoredReader> PlanesForm::MakeReader(const BlockToRead& bl
 
 FormNode::FormNode(const std::filesystem::path& model, const std::string& codec,
                    WatchedShard* shard, uint64_t local_cache_bytes,
-                   const node::PlannerOptions& planning)
-    : pool_(std::make_unique<kernels::ThreadPool>(1)) {
+                   const node::PlannerOptions& planning, const FormNodeFetching& fetching)
+    : pool_(std::make_unique<kernels::ThreadPool>(fetching.threads)) {
   KV_CHECK(kernels::ChooseImplementation().ok() && kernels::LoadBlas().ok());
   model_ = *node::Model::Load(model);
   const kernels::Codec* found = *kernels::FindCodec(codec);
   block_class_ = std::make_unique<node::BlockClass>(
       model_.get(), found, std::span<const std::byte>(),
-      std::make_shared<PlanesForm>(AttendedPayload(*found, model_->config())));
+      std::make_shared<PlanesForm>(AttendedPayload(*found, model_->config()), fetching.on_decode));
   cache_ = std::make_unique<node::LocalCache>(block_class_.get(), local_cache_bytes);
   planner_ = std::make_unique<node::Planner>(planning);
   // Else a tiny model is computed too fast for anything to be fetched.
@@ -181,8 +187,11 @@ FormNode::FormNode(const std::filesystem::path& model, const std::string& codec,
   decoder_ = std::make_unique<node::Decoder>(model_.get(), pool_.get());
   if (shard != nullptr) {
     transport_ = shard->MakeTransport();
+    node::TierLinkOptions link;
+    link.timeout = fetching.timeout;
+    link.pool = pool_.get();
     tier_ = *node::TierLink::Create(transport_.get(), shard->map(), block_class_.get(),
-                                    &SteadyClock(), planner_.get(), {});
+                                    &SteadyClock(), planner_.get(), link);
     tier_->SetBeside([shard] { shard->Turn(); });
     const TimePoint deadline = SteadyClock().Now() + std::chrono::seconds(2);
     while (!tier_->Reachable(0) && SteadyClock().Now() < deadline) tier_->Poll();

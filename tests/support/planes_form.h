@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -25,8 +26,11 @@ namespace kvant::support {
 class PlanesForm final : public node::StoredForm {
  public:
   static constexpr int kCuts = 3;
+  // Called before a group of a block is decoded, on the thread that does. An error is that of
+  // decoding.
+  using OnDecode = std::function<Status(const BlockKey& key, size_t group)>;
 
-  explicit PlanesForm(const node::AttendedPayload& attended);
+  explicit PlanesForm(const node::AttendedPayload& attended, OnDecode on_decode = {});
   void Encode(const node::BlockToStore& block, std::span<std::byte> payload,
               node::StoredBlock* out) const override;
   std::unique_ptr<node::StoredReader> MakeReader(const node::BlockToRead& block) const override;
@@ -38,6 +42,14 @@ class PlanesForm final : public node::StoredForm {
 
   node::AttendedPayload attended_;
   std::vector<std::vector<int>> groups_;  // layers of the model
+  OnDecode on_decode_;
+};
+
+// How a FormNode fetches.
+struct FormNodeFetching {
+  int threads = 3;  // that decode
+  Duration timeout = std::chrono::seconds(5);
+  PlanesForm::OnDecode on_decode{};
 };
 
 // What NodeRuntime is, around that form. Single-owner.
@@ -45,7 +57,8 @@ class FormNode {
  public:
   // shard: nullptr, or outlives it.
   FormNode(const std::filesystem::path& model, const std::string& codec, WatchedShard* shard,
-           uint64_t local_cache_bytes, const node::PlannerOptions& planning = {});
+           uint64_t local_cache_bytes, const node::PlannerOptions& planning = {},
+           const FormNodeFetching& fetching = {});
   node::SupplyJobPtr Supply(node::Wire wire, size_t blocks = kWatchedBlocks);
 
   const node::Model& model() const { return *model_; }
