@@ -273,6 +273,30 @@ std::vector<BlockKey> BlockClass::Keys(std::span<const int32_t> tokens,
   return KeyChain(options).Keys(ids);
 }
 
+double BlockClass::PrefillWork(int position, int tokens) const {
+  const ModelConfig& config = model_->config();
+  const kernels::LayerShape state = config.StateShape(1);
+  // Multiplications of a token, and of a token with one that it attends.
+  const double attention =
+      static_cast<double>(config.hidden) *
+      (config.q_width() + config.q_heads * config.value_dim() +
+       state.keys.kv_heads * state.keys.head_dim + state.values.kv_heads * state.values.head_dim);
+  const double attended =
+      static_cast<double>(config.q_heads) * (kernels::KeyDim(state) + state.values.head_dim);
+  double products = 0;
+  double past = 0;
+  for (int layer = 0; layer < config.layers; ++layer) {
+    const MixtureOfExperts& experts = config.experts;
+    const double width = config.IsMixture(layer)
+                             ? static_cast<double>(experts.intermediate) *
+                                   (experts.experts_per_token + experts.shared_experts)
+                             : config.intermediate;
+    products += attention + 3.0 * config.hidden * width;
+    past += attended * (position - config.FirstVisible(layer, position));
+  }
+  return kBlockTokens + tokens * past / products;
+}
+
 Status BlockClass::CheckManifest(const BlockKey& key, const BlockManifest& manifest) const {
   if (manifest.key != key) {
     return DataLoss("block {}: the manifest is of block {}", key.ShortHex(),

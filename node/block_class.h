@@ -121,6 +121,10 @@ class BlockClass {
   double TokensOfLayers(size_t layers) const {
     return static_cast<double>(layers) * layout().shape().keys.tokens / layout().layers();
   }
+  // What computing 1..kBlockTokens tokens behind `position` others amounts to, in tokens that
+  // attend nothing before their block. The products of fewer tokens than a block's have as many
+  // rows.
+  double PrefillWork(int position, int tokens) const;
   // Bytes of one token's state in bf16, all layers: what is moved where nothing is compressed.
   uint64_t Bf16BytesPerToken() const;
 

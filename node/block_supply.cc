@@ -199,6 +199,10 @@ void BlockSupply::PlanSources(const SupplyJobPtr& job) {
   question.fetch = WorkOf(*job, in_tier, job->read_cuts);
   question.choice = block_class_->ChoiceOf(job->read_cuts);
   question.compute_tokens = in_tier.size() * kBlockTokens;
+  for (const size_t i : in_tier) {
+    question.compute_work +=
+        block_class_->PrefillWork(static_cast<int>(i) * kBlockTokens, kBlockTokens);
+  }
   question.also_fetch = AlsoFetch(*job, in_tier);
   job->plan = planner_->Decide(question);
   job->plan_started = clock_->Now();
@@ -599,7 +603,8 @@ Status BlockSupply::ComputeNext(const SupplyJobPtr& job) {
   const TimePoint computed = clock_->Now();
   made.Finish(ToStore(*job, index));
   computing_ = clock_->Now() - started;
-  planner_->SawPrefill(kBlockTokens, computed - started);
+  planner_->SawPrefill(block_class_->PrefillWork(prefill.position, kBlockTokens),
+                       computed - started);
   planner_->SawEncode(kBlockTokens, started + computing_ - computed);
   const CachedBlockPtr& block = made.block();
   if (streams) {

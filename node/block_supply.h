@@ -123,8 +123,10 @@ class BlockSupply {
   Status ComputeNext(const SupplyJobPtr& job);
 
   const SupplyStats& stats() const { return stats_; }
-  // Somebody computed tokens behind whole blocks, waiting for none of those.
-  void SawPrefill(size_t tokens, Duration took) { planner_->SawPrefill(tokens, took); }
+  // Somebody computed tokens behind whole blocks in so long, without what it waited for those.
+  void SawPrefill(int position, size_t tokens, Duration took) {
+    planner_->SawPrefill(block_class_->PrefillWork(position, static_cast<int>(tokens)), took);
+  }
 
  private:
   void TakeLocal(SupplyJob* job);

@@ -13,6 +13,9 @@ namespace {
 // change within some ten observations and one outlier does not turn a decision.
 constexpr double kWeight = 0.125;
 
+// A forecast is corrected by no more than this factor: what is further off is an accident.
+constexpr double kMostCorrection = 4;
+
 void Average(double observed, uint64_t* observations, double* average) {
   *average += (observed - *average) * (*observations == 0 ? 1.0 : kWeight);
   ++*observations;
@@ -94,14 +97,23 @@ Duration Planner::FetchTime(const FetchWork& work) const {
                      std::min(transfer, decode) / pieces);
 }
 
+double Planner::EncodeRate() const {
+  const bool decoded = std::any_of(decodes_.begin(), decodes_.end(), [](auto n) { return n != 0; });
+  if (encodes_ != 0 || !decoded) return rates_.encode_tokens_per_s;
+  return std::min(rates_.encode_tokens_per_s, DecodeRate(kMaxCuts - 1) / 2);
+}
+
 Plan Planner::Decide(const PlanQuestion& question) {
+  const auto corrected = [&](bool fetch, Duration forecast) {
+    return FromSeconds(Seconds(forecast) * corrections_[fetch ? 1 : 0]);
+  };
   Plan plan;
   plan.choice = question.choice;
-  plan.fetch_forecast = FetchTime(question.fetch);
-  const auto tokens = static_cast<double>(question.compute_tokens);
-  plan.compute_forecast =
-      FetchTime(question.also_fetch) +
-      FromSeconds(tokens / rates_.prefill_tokens_per_s + tokens / rates_.encode_tokens_per_s);
+  plan.fetch_forecast = corrected(true, FetchTime(question.fetch));
+  plan.compute_forecast = corrected(
+      false, FetchTime(question.also_fetch) +
+                 FromSeconds(question.compute_work / rates_.prefill_tokens_per_s +
+                             static_cast<double>(question.compute_tokens) / EncodeRate()));
   plan.fetch = plan.fetch_forecast <= plan.compute_forecast;
   if (plan.fetch) {
     ++stats_.fetch_plans;
@@ -109,6 +121,7 @@ Plan Planner::Decide(const PlanQuestion& question) {
   } else {
     ++stats_.compute_plans;
   }
+  plan.correction = corrections_[plan.fetch ? 1 : 0];
   return plan;
 }
 
@@ -137,9 +150,9 @@ void Planner::SawDecode(size_t depth, double tokens, Duration took) {
   Average(tokens / Seconds(took), &decodes_[depth], &rates_.decode_tokens_per_s[depth]);
 }
 
-void Planner::SawPrefill(size_t tokens, Duration took) {
+void Planner::SawPrefill(double work, Duration took) {
   if (took <= Duration{}) return;
-  Average(static_cast<double>(tokens) / Seconds(took), &prefills_, &rates_.prefill_tokens_per_s);
+  Average(work / Seconds(took), &prefills_, &rates_.prefill_tokens_per_s);
 }
 
 void Planner::SawEncode(size_t tokens, Duration took) {
@@ -151,6 +164,11 @@ void Planner::SawOutcome(const Plan& plan, Duration took) {
   if (took <= Duration{}) return;
   ++stats_.outcomes;
   stats_.forecast_error_sum += std::abs(Seconds(plan.forecast() - took)) / Seconds(took);
+  const double forecast = Seconds(plan.forecast()) / plan.correction;
+  if (forecast <= 0) return;
+  double& correction = corrections_[plan.fetch ? 1 : 0];
+  const double found = std::clamp(Seconds(took) / forecast, 1 / kMostCorrection, kMostCorrection);
+  correction += (found - correction) * kWeight;
 }
 
 }  // namespace kvant::node

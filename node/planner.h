@@ -18,8 +18,10 @@ namespace kvant::node {
 struct MeasuredRates {
   double link_bytes_per_s = 1e9;      // of fetches, payload bytes over the time they took
   double round_trip_s = 200e-6;       // of lookups
-  double prefill_tokens_per_s = 500;  // of blocks and tails computed here
-  double encode_tokens_per_s = 1e4;   // of blocks computed here, into what is stored
+  double prefill_tokens_per_s = 500;  // of blocks and tails computed here, BlockClass::PrefillWork
+  // Of blocks computed here, into what is stored. Before one was seen, encoding is taken to be no
+  // faster than half of decoding.
+  double encode_tokens_per_s = 1e4;
   // [BlockClass::DecodeDepth] of blocks that were fetched. A depth that was never seen is taken to
   // be as fast as the nearest one that was.
   std::array<double, kMaxCuts> decode_tokens_per_s = {1e4, 1e4, 1e4, 1e4};
@@ -37,6 +39,7 @@ struct PlanQuestion {
   FetchWork fetch;
   size_t choice = 0;          // of BlockClass::choices, at which `fetch` reads
   size_t compute_tokens = 0;  // to be computed instead
+  double compute_work = 0;    // what that amounts to, BlockClass::PrefillWork
   // What computing would need on top: the rest of earlier blocks, at the full cut.
   FetchWork also_fetch;
 };
@@ -46,6 +49,7 @@ struct Plan {
   size_t choice = 0;
   Duration fetch_forecast{};
   Duration compute_forecast{};
+  double correction = 1;  // what was made of the forecast by earlier outcomes
   Duration forecast() const { return fetch ? fetch_forecast : compute_forecast; }
 };
 
@@ -94,9 +98,11 @@ class Planner {
   void SawFetchWithin(uint64_t payload_bytes, Duration took);
   // tokens as in FetchWork.
   void SawDecode(size_t depth, double tokens, Duration took);
-  void SawPrefill(size_t tokens, Duration took);
+  // work: BlockClass::PrefillWork.
+  void SawPrefill(double work, Duration took);
   void SawEncode(size_t tokens, Duration took);
-  // How long carrying out a plan took.
+  // How long carrying out a plan took. What such plans took longer than forecast, or less long, is
+  // made good in later forecasts.
   void SawOutcome(const Plan& plan, Duration took);
 
   const MeasuredRates& rates() const { return rates_; }
@@ -108,10 +114,12 @@ class Planner {
   Duration FetchTime(const FetchWork& work) const;
   double DecodeRate(size_t depth) const;
   double LinkRate(uint64_t payload_bytes, Duration took) const;
+  double EncodeRate() const;
 
   PlannerOptions options_;
   MeasuredRates rates_;
   PlannerStats stats_;
+  std::array<double, 2> corrections_ = {1, 1};  // of plans that compute, that fetch
   // Observations so far.
   uint64_t links_ = 0;
   uint64_t round_trips_ = 0;

@@ -259,10 +259,7 @@ bool Scheduler::ComputeTail() {
     return true;
   }
   SupplyJob& supply = *sequence->supply;
-  // Fewer tokens take nearly as long as these, and would make a block look slow.
-  if (tail.tokens.size() >= kBlockTokens / 2) {
-    supply_->SawPrefill(tail.tokens.size(), clock_->Now() - began - waited_);
-  }
+  supply_->SawPrefill(tail.position, tail.tokens.size(), clock_->Now() - began - waited_);
   sequence->blocks = supply.blocks;
   const size_t hits = supply.local_hits + supply.tier_hits;
   sequence->answer.prompt_tokens = static_cast<int>(sequence->prompt_tokens);

@@ -73,6 +73,7 @@ TEST(Planner, DecidesBySpeed) {
     question.fetch = Bytes(fetch_bytes);
     question.choice = 1;
     question.compute_tokens = 64;
+    question.compute_work = 64;
     question.also_fetch = Bytes(also_bytes);
     return planner.Decide(question);
   };
@@ -102,6 +103,7 @@ TEST(Planner, AStandstillIsForecastWithoutOverflow) {
   PlanQuestion question;
   question.fetch = Bytes(uint64_t{1} << 62);
   question.compute_tokens = 64;
+  question.compute_work = 64;
   const Plan plan = planner.Decide(question);
   EXPECT_FALSE(plan.fetch);
   EXPECT_GT(plan.fetch_forecast, seconds(1000));
@@ -117,6 +119,50 @@ TEST(Planner, CountsHowFarForecastsWereOff) {
   EXPECT_EQ(planner.stats().outcomes, 2u);
   EXPECT_DOUBLE_EQ(planner.stats().mean_forecast_error(), 0.75);
   EXPECT_EQ(PlannerStats{}.mean_forecast_error(), 0);
+}
+
+TEST(Planner, LearnsHowFarItsForecastsAreOff) {
+  Planner planner({});
+  planner.SawRoundTrip(milliseconds(1));
+  planner.SawFetch(1'000'000, milliseconds(101));
+  planner.SawPrefill(1, seconds(10));
+  PlanQuestion question;
+  question.fetch = Bytes(1'000'000);
+  question.compute_tokens = 64;
+  question.compute_work = 64;
+  const Duration compute = planner.Decide(question).compute_forecast;
+  for (int i = 0; i < 60; ++i) planner.SawOutcome(planner.Decide(question), milliseconds(202));
+  EXPECT_NEAR(Milliseconds(planner.Decide(question).fetch_forecast), 202, 1);
+  EXPECT_EQ(planner.Decide(question).compute_forecast, compute) << "that one was never tried";
+  EXPECT_LT(planner.stats().mean_forecast_error(), 0.1);
+  // An accident is not taken at its word.
+  planner.SawOutcome(planner.Decide(question), seconds(1000));
+  EXPECT_LT(Milliseconds(planner.Decide(question).fetch_forecast), 300);
+}
+
+TEST(Planner, EncodingThatWasNeverSeenIsNoFasterThanHalfOfDecoding) {
+  Planner planner({});
+  planner.SawPrefill(1000, seconds(1));
+  PlanQuestion question;
+  question.fetch = Bytes(1);
+  question.compute_tokens = 1000;
+  question.compute_work = 1000;
+  EXPECT_NEAR(Seconds(planner.Decide(question).compute_forecast), 1 + 0.1, 1e-6);
+  planner.SawDecode(2, 1000, seconds(1));
+  EXPECT_NEAR(Seconds(planner.Decide(question).compute_forecast), 1 + 2, 1e-6);
+  planner.SawEncode(1000, seconds(1));
+  EXPECT_NEAR(Seconds(planner.Decide(question).compute_forecast), 1 + 1, 1e-6);
+}
+
+TEST(Planner, WorkOfPrefillGrowsWithWhatIsAttended) {
+  support::NodeWorld world({});
+  const BlockClass& blocks = world.node().block_class();
+  EXPECT_EQ(blocks.PrefillWork(0, kBlockTokens), kBlockTokens);
+  EXPECT_EQ(blocks.PrefillWork(0, 1), kBlockTokens) << "products have as many rows";
+  const double behind = blocks.PrefillWork(128, kBlockTokens) - kBlockTokens;
+  EXPECT_GT(behind, 0);
+  EXPECT_NEAR(blocks.PrefillWork(256, kBlockTokens) - kBlockTokens, 2 * behind, 1e-9);
+  EXPECT_NEAR(blocks.PrefillWork(256, kBlockTokens / 2) - kBlockTokens, behind, 1e-9);
 }
 
 TEST(Planner, AutoReadsTheMostThatComesInTime) {
