@@ -15,6 +15,7 @@
 #include "node/logits_command.h"
 #include "node/report.h"
 #include "node/requests.h"
+#include "node/resident_memory.h"
 #include "node/run.h"
 #include "node/tokenize_command.h"
 
@@ -356,4 +357,7 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace kvant::node
 
-int main(int argc, char** argv) { return kvant::node::Main(argc, argv); }
+int main(int argc, char** argv) {
+  kvant::node::KeepFreedMemory();
+  return kvant::node::Main(argc, argv);
+}

@@ -1,5 +1,6 @@
 #include "node/resident_memory.h"
 
+#include <malloc.h>
 #include <sys/resource.h>
 
 #include "base/check.h"
@@ -10,6 +11,12 @@ uint64_t PeakResidentBytes() {
   rusage usage{};
   KV_CHECK(::getrusage(RUSAGE_SELF, &usage) == 0);
   return static_cast<uint64_t>(usage.ru_maxrss) * 1024;  // Linux counts it in KiB
+}
+
+void KeepFreedMemory() {
+  constexpr int kMost = 32 << 20;  // that mallopt takes
+  KV_CHECK(::mallopt(M_MMAP_THRESHOLD, kMost) == 1);
+  KV_CHECK(::mallopt(M_TRIM_THRESHOLD, 4 * kMost) == 1);
 }
 
 }  // namespace kvant::node
