@@ -51,9 +51,9 @@ void AttentionWeights::Begin() {
 
 void AttentionWeights::AddQueries(int layer, const float* queries) {
   std::vector<float>& of_layer = queries_[static_cast<size_t>(layer)];
-  of_layer.insert(of_layer.end(), queries,
-                  queries + static_cast<ptrdiff_t>(kBlockTokens) * config_.q_heads *
-                                kernels::KeyDim(state_));
+  of_layer.insert(
+      of_layer.end(), queries,
+      queries + static_cast<ptrdiff_t>(kBlockTokens) * config_.q_heads * kernels::KeyDim(state_));
 }
 
 void AttentionWeights::End() {

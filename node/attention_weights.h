@@ -37,8 +37,8 @@ class AttentionWeights {
     return importance_[static_cast<size_t>(layer)];
   }
   // [width][width], rows as in klt.h: the square of what an error does to a layer's output, but for
-  // a factor and the tokens' importance. Errors in the first kKltSinks tokens are not counted: those
-  // are coded finer.
+  // a factor and the tokens' importance. Errors in the first kKltSinks tokens are not counted:
+  // those are coded finer.
   const kernels::Matrix& sum(int layer) const { return sums_[static_cast<size_t>(layer)]; }
 
  private:

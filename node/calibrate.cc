@@ -38,9 +38,10 @@ namespace {
 
 using kernels::Matrix;
 
-constexpr double kFloor = 0.03;       // of a weight's mean, added to all directions: none is free
-constexpr size_t kWeighed = 32;       // texts of which attention is looked at, about; every other at most
-constexpr int kProbes = 3;            // texts that noise is put into, or one more
+constexpr double kFloor = 0.03;  // of a weight's mean, added to all directions: none is free
+constexpr size_t kWeighed =
+    32;                     // texts of which attention is looked at, about; every other at most
+constexpr int kProbes = 3;  // texts that noise is put into, or one more
 constexpr int kProbeSuffix = 64;      // tokens behind them, whose KL is measured
 constexpr double kProbeNoise = 0.01;  // of the state's square
 constexpr size_t kMinWindows = 8;
@@ -199,8 +200,8 @@ void Calibrator::NoteImportance(const Sequence& rows) {
     const KltCoder::Rows& block = rows[token / kBlockTokens];
     const size_t at = token % kBlockTokens * static_cast<size_t>(width_);
     for (size_t l = 0; l < layers; ++l) {
-      const std::vector<float> features = ImportanceFeatures(
-          config_, std::span(block[l]).subspan(at, static_cast<size_t>(width_)));
+      const std::vector<float> features =
+          ImportanceFeatures(config_, std::span(block[l]).subspan(at, static_cast<size_t>(width_)));
       features_.insert(features_.end(), features.begin(), features.end());
       felt_.push_back(attention_.importance(static_cast<int>(l))[token]);
     }
@@ -441,8 +442,7 @@ Status Calibrator::ScaleWeights() {
   return OkStatus();
 }
 
-Result<Sequence> Calibrator::Coded(const KltCoder& coder, const Probe& probe,
-                                   double* bytes) const {
+Result<Sequence> Calibrator::Coded(const KltCoder& coder, const Probe& probe, double* bytes) const {
   const Sequence& exact = probe.exact;
   const auto transform = static_cast<size_t>(&coder.transform() - pack_.transforms.data());
   Sequence made = exact;  // of the layers that are not coded

@@ -167,8 +167,7 @@ void KltCoder::Refine(size_t group, size_t cut, int position, std::span<const Kl
   const size_t count = Coefficients(group);
   const size_t sinks = Sinks(position);
   for (size_t token = 0; token < kBlockTokens; ++token) {
-    const float step =
-        token < sinks ? pack_.sink_step : StepOf(tokens[token], this->cut(cut).step);
+    const float step = token < sinks ? pack_.sink_step : StepOf(tokens[token], this->cut(cut).step);
     for (size_t i = token * count; i < (token + 1) * count; ++i) {
       if (places[i].table < 0) continue;
       const float value = levels_.Value(levels[i], places[i]) * step;

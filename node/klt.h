@@ -118,9 +118,9 @@ class KltReader {
   // As of KltCoder::Encode.
   KltReader(const KltCoder* coder, std::span<const float> entering, int position);
   // Reads a group at as many cuts as there are extents, and sets the rows of its layers. The rows
-  // are the same to the bit on every machine that has the same entering. kDataLoss: the bytes are not of this model and these
-  // cuts; rows are undefined then. REQUIRES: the group's sources were read; 1..coder->cuts()
-  // extents.
+  // are the same to the bit on every machine that has the same entering. kDataLoss: the bytes are
+  // not of this model and these cuts; rows are undefined then. REQUIRES: the group's sources were
+  // read; 1..coder->cuts() extents.
   Status Read(size_t group, std::span<const std::span<const std::byte>> extents,
               KltCoder::Rows* rows);
 

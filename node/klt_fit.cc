@@ -144,8 +144,7 @@ KltFit::Moments KltFit::MomentsOf(const KltCoder& coder, size_t group) const {
   return sums;
 }
 
-Status KltFit::Solve(Moments moments, const KltGroup& group, float least,
-                     KltBasis* basis) const {
+Status KltFit::Solve(Moments moments, const KltGroup& group, float least, KltBasis* basis) const {
   const int width = basis->width;
   const int inputs = basis->inputs + 1;
   // Ridge regression. The parts of the input differ in scale: each is held by its own square.
@@ -242,8 +241,7 @@ void KltFit::Finish(const KltCoder& coder, size_t group, KltBasis* basis) {
     if (block.position != 0) continue;
     ++sequences;
     const std::vector<float> rows = RowsOf(coder, block, group);
-    for (size_t i = 0; i < width; ++i)
-      first_rows[i] += static_cast<double>(rows[i]);
+    for (size_t i = 0; i < width; ++i) first_rows[i] += static_cast<double>(rows[i]);
   }
   basis->sink_bias.clear();
   for (const double sum : first_rows)
@@ -285,8 +283,7 @@ Status KltFit::FitBases(std::span<const std::vector<std::vector<float>>> importa
       basis.width = pack_.width * static_cast<int>(transform.groups[group].layers.size());
       basis.inputs = inputs;
       basis.importance = importance[t][group];
-      KV_RETURN_IF_ERROR(
-          Solve(MomentsOf(coder, group), transform.groups[group], least, &basis));
+      KV_RETURN_IF_ERROR(Solve(MomentsOf(coder, group), transform.groups[group], least, &basis));
       Finish(coder, group, &basis);
     }
   }

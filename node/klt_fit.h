@@ -27,13 +27,14 @@ class KltFit {
   void Add(int position, std::span<const std::vector<float>> entering, const KltCoder::Rows& rows);
   size_t blocks() const { return blocks_.size(); }
 
-  // Sets all transforms' bases. importance: [transform][group], KltBasis's. Coefficients of less than `least` are left out; sources are coded with
-  // `step`. kInvalidArgument: the rows don't suffice, or are not finite.
+  // Sets all transforms' bases. importance: [transform][group], KltBasis's. Coefficients of less
+  // than `least` are left out; sources are coded with `step`. kInvalidArgument: the rows don't
+  // suffice, or are not finite.
   Status FitBases(std::span<const std::vector<std::vector<float>>> importance, float step,
                   float least);
-  // Counts the levels of a part of the blocks at each of the coders' cuts, by all transforms, twice:
-  // rounded to the nearest, then by what that costs; and sets the tables from `first_table` on,
-  // `count` of them. cuts: of pack->cuts, as of KltCoder.
+  // Counts the levels of a part of the blocks at each of the coders' cuts, by all transforms,
+  // twice: rounded to the nearest, then by what that costs; and sets the tables from `first_table`
+  // on, `count` of them. cuts: of pack->cuts, as of KltCoder.
   void Count(std::span<const std::vector<size_t>> cuts, size_t first_table, size_t count);
 
  private:

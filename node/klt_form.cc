@@ -206,8 +206,8 @@ class KltForm final : public StoredForm {
         row.kind = static_cast<uint8_t>(kernels::SegmentKind::kLatent);
         const KltBasis& basis = pack.transforms[0].bases[group];
         row.min_bytes = kOfExtent + (cut == 0 ? kBlockTokens : 0);  // a byte of each token
-        row.max_bytes = row.min_bytes +
-                        kMostOfLevel * static_cast<uint64_t>(kBlockTokens * basis.coefficients);
+        row.max_bytes =
+            row.min_bytes + kMostOfLevel * static_cast<uint64_t>(kBlockTokens * basis.coefficients);
         if (cut == cuts.size()) {
           row.max_bytes = KltExact::Bound(2 * pack.transforms[0].groups[group].layers.size(),
                                           static_cast<uint64_t>(kBlockTokens * basis.width));
@@ -215,7 +215,8 @@ class KltForm final : public StoredForm {
         facts.rows.push_back(row);
       }
     }
-    for (const KltGroup& group : pack.transforms[0].groups) facts.global_layers.push_back(group.global);
+    for (const KltGroup& group : pack.transforms[0].groups)
+      facts.global_layers.push_back(group.global);
     return facts;
   }
 

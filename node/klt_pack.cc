@@ -34,9 +34,9 @@ std::string NameOf(std::string_view of, size_t number, std::string_view part) {
 }
 std::string NameOf(const KltTransform& transform, size_t group, std::string_view part) {
   const std::string of_group = NameOf("groups", group, part);
-  return transform.recomputed == 0 ? of_group
-                                   : NameOf("recomputed", static_cast<size_t>(transform.recomputed),
-                                            of_group);
+  return transform.recomputed == 0
+             ? of_group
+             : NameOf("recomputed", static_cast<size_t>(transform.recomputed), of_group);
 }
 
 // Tensors of a mapped file, taken out with their sizes checked.
@@ -221,8 +221,7 @@ void AddBases(const KltTransform& transform, Writer* writer) {
 // What `cuts` and `recomputed` in the metadata list, without bases.
 Result<std::vector<KltTransform>> TransformsOf(const std::string& cuts,
                                                const std::string& recomputed,
-                                               const ModelConfig& config,
-                                               const std::string& name) {
+                                               const ModelConfig& config, const std::string& name) {
   KV_ASSIGN_OR_RETURN(const json of_none, ParseJson(cuts, name));
   KV_ASSIGN_OR_RETURN(const json list, ParseJson(recomputed, name));
   std::vector<KltTransform> transforms(1);
@@ -366,8 +365,8 @@ Result<KltPack> ParseKltPack(std::span<const std::byte> file, const std::string&
   pack.width = StateWidth(model.config());
   pack.hidden = model.config().hidden;
   pack.layers = model.config().layers;
-  KV_ASSIGN_OR_RETURN(pack.transforms, TransformsOf(text_of("cuts"), text_of("recomputed"),
-                                                    model.config(), name));
+  KV_ASSIGN_OR_RETURN(pack.transforms,
+                      TransformsOf(text_of("cuts"), text_of("recomputed"), model.config(), name));
   KV_ASSIGN_OR_RETURN(pack.refining, RefiningOf(text_of("refining"), pack, name));
   const Reader reader(&tensors, name);
   const int64_t width = pack.width;

@@ -107,9 +107,9 @@ Result<KltPack> LoadKltPack(const std::filesystem::path& file, const Model& mode
 // The same from bytes, which are not needed afterwards. `name` is the file named in errors.
 Result<KltPack> ParseKltPack(std::span<const std::byte> file, const std::string& name,
                              const Model& model);
-// Sets the analysis of a group of a transform: synthesis is weight^-1/2 times a rotation, so its transpose times
-// the weight undoes it but for the rounding to bf16, which is taken out by one step of Newton's
-// method.
+// Sets the analysis of a group of a transform: synthesis is weight^-1/2 times a rotation, so its
+// transpose times the weight undoes it but for the rounding to bf16, which is taken out by one step
+// of Newton's method.
 void SetAnalysis(const KltPack& pack, const KltGroup& group, KltBasis* basis);
 // Writes it, and reads it back into `pack`: matrices are rounded in the file. Errors: as above, or
 // the file cannot be written.

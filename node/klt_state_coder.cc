@@ -99,8 +99,7 @@ class KltStateCoder final : public StateCoder {
     const int recomputed = coder.transform().recomputed;
     if (recomputed == 0) return coder.Embeddings(exact.token_ids().subspan(at, kBlockTokens));
     const auto hidden = static_cast<size_t>(coder.pack().hidden);
-    const auto entering =
-        exact.entering(recomputed).subspan(at * hidden, kBlockTokens * hidden);
+    const auto entering = exact.entering(recomputed).subspan(at * hidden, kBlockTokens * hidden);
     return {entering.begin(), entering.end()};
   }
 

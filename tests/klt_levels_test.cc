@@ -65,7 +65,8 @@ TEST_F(KltLevelsTest, FirstPlacesCoverEveryDeviation) {
     ASSERT_LT(place.table, kKltFirstTables);
     // What is left after the low bits are cut fits the symbols with room.
     EXPECT_LT(deviation / std::exp2(static_cast<float>(place.low_bits)), 8.0F);
-    EXPECT_EQ(FirstPlace(KltQuarters(8 * deviation, 8)).table, place.table) << "only the ratio counts";
+    EXPECT_EQ(FirstPlace(KltQuarters(8 * deviation, 8)).table, place.table)
+        << "only the ratio counts";
   }
 }
 

@@ -222,6 +222,29 @@ TEST_F(KltPackTest, CutsAreFoundByTheirNames) {
               AllOf(HasSubstr("'rough'"), HasSubstr("finest, fine, medium, coarse")));
 }
 
+TEST_F(KltPackTest, TransformsAreFoundByTheLayersTheyRecompute) {
+  ASSERT_EQ(pack_.transforms.size(), 2U);
+  const Result<size_t> one = pack_.FindTransform(1);
+  ASSERT_TRUE(one.ok());
+  EXPECT_EQ(*one, 1U);
+  EXPECT_EQ(pack_.transforms[1].first_layer(), 2);
+  EXPECT_EQ(pack_.transforms[0].first_layer(), 0);
+  EXPECT_THAT(pack_.FindTransform(3).status().message(),
+              AllOf(HasSubstr("0, 1"), HasSubstr("--recompute 3")));
+}
+
+TEST_F(KltPackTest, MalformedTransformsAreRefused) {
+  const std::string cuts = parts_.metadata["cuts"].get<std::string>();
+  EXPECT_EQ(ErrorOfMetadata("recomputed", "[[1," + cuts + "]]"), "it was loaded");
+  for (const std::string& text : std::vector<std::string>{
+           "7", "[7]", "[[0," + cuts + "]]", "[[3," + cuts + "]]",
+           "[[1," + cuts + "],[1," + cuts + "]]", "[[1.5," + cuts + "]]", "[[1]]",
+           "[[1,[[\"other\",1,1]]]]", "[[1000000000000," + cuts + "]]"}) {
+    EXPECT_THAT(ErrorOfMetadata("recomputed", text), HasSubstr("recomputed in its metadata"))
+        << text;
+  }
+}
+
 TEST_F(KltPackTest, AnotherModelsPackIsRefused) {
   const std::unique_ptr<Model> other = MakeModel(support::TinySlidingConfig(), 2);
   const Status status = LoadKltPack(file_, *other).status();
@@ -250,7 +273,8 @@ TEST_F(KltPackTest, WhatIsNoPackIsSaid) {
 }
 
 TEST_F(KltPackTest, EveryTensorIsNeeded) {
-  EXPECT_EQ(parts_.tensors.size(), 4U + (2U + 2U) * 8U + 3U);  // of layers, groups of both transforms, and all
+  EXPECT_EQ(parts_.tensors.size(),
+            4U + (2U + 2U) * 8U + 3U);  // of layers, groups of both transforms, and all
   for (const auto& [name, tensor] : parts_.tensors) {
     EXPECT_THAT(ErrorAfter([&](Parts* parts) { parts->tensors.erase(name); }),
                 AllOf(HasSubstr("should have a tensor"), HasSubstr(name)));

@@ -124,8 +124,8 @@ KltCoder::Rows Expected(const KltCoder& coder, const std::vector<Seen>& seen, si
   KltCoder::Rows rows(static_cast<size_t>(pack.layers));
   for (size_t group = 0; group < seen.size(); ++group) {
     std::vector<float> together = seen[group].predicted;
-    kernels::OrderedMultiplyAdd(coder.transform().bases[group].synthesis, seen[group].values[cuts - 1].data(),
-                                kBlockTokens, together.data());
+    kernels::OrderedMultiplyAdd(coder.transform().bases[group].synthesis,
+                                seen[group].values[cuts - 1].data(), kBlockTokens, together.data());
     auto at = together.begin();
     for (int token = 0; token < kBlockTokens; ++token) {
       for (const int layer : coder.transform().groups[group].layers) {
@@ -237,12 +237,13 @@ TEST_P(Klt, ErrorsAreBoundedByTheStep) {
       for (size_t group = 0; group < seen.size(); ++group) {
         const std::vector<float>& exact = seen[group].code.coefficients;
         const size_t sinks_end =
-            position == 0 ? kKltSinks * static_cast<size_t>(pack_.transforms[0].bases[group].coefficients) : 0;
+            position == 0
+                ? kKltSinks * static_cast<size_t>(pack_.transforms[0].bases[group].coefficients)
+                : 0;
         for (size_t cut = 0; cut < cuts.size(); ++cut) {
           for (size_t i = 0; i < exact.size(); ++i) {
             const KltToken token = seen[group].code.tokens[i * kBlockTokens / exact.size()];
-            const float step =
-                i < sinks_end ? pack_.sink_step : StepOf(token, coder.cut(cut).step);
+            const float step = i < sinks_end ? pack_.sink_step : StepOf(token, coder.cut(cut).step);
             ASSERT_LE(std::abs(exact[i] - seen[group].values[cut][i]), kMost * step)
                 << "coefficient " << i << " of group " << group << " at cut " << cut;
           }
@@ -413,8 +414,8 @@ TEST_P(Klt, TokensThatMatterMoreAreFiner) {
     }
   }
   for (size_t cut = 0; cut < kRefining.size(); ++cut) {
-    const double of_sink = SquaredError(code.coefficients, values[cut], kSink * count,
-                                        (kSink + 1) * count);
+    const double of_sink =
+        SquaredError(code.coefficients, values[cut], kSink * count, (kSink + 1) * count);
     const double of_all = SquaredError(code.coefficients, values[cut], 0, kBlockTokens * count);
     EXPECT_LT(100 * of_sink, of_all);
   }
@@ -570,6 +571,52 @@ TEST_P(KltState, RowsAreTheStateWithItsRopeTakenBack) {
     std::vector<float> rows(exact.size());
     GatherState(model_, layer, 64, kBlockTokens, keys.data(), values.data(), rows.data());
     for (size_t i = 0; i < rows.size(); ++i) EXPECT_NEAR(rows[i], exact[i], 1e-5);
+  }
+}
+
+// A reader that computes the first layers itself: what enters the next one predicts the others, and
+// nothing is said of its own layers.
+TEST_P(Klt, LayersMayBeRecomputed) {
+  for (size_t t = 1; t < pack_.transforms.size(); ++t) {
+    const KltTransform& transform = pack_.transforms[t];
+    const KltCoder coder(&model_, &pack_, kRefining, t);
+    ASSERT_EQ(coder.transform().recomputed, transform.recomputed);
+    std::vector<float> entering = coder.Embeddings(block_.tokens);
+    for (float& x : entering) x += static_cast<float>(random_.Normal());
+    for (const int position : kPositions) {
+      KltCoder::Extents extents;
+      coder.Encode(entering, position, block_.rows, &extents);
+      ASSERT_EQ(extents[0].size(), transform.groups.size());
+      std::vector<double> errors;
+      for (size_t cuts = 1; cuts <= kRefining.size(); ++cuts) {
+        KltReader reader(&coder, entering, position);
+        KltCoder::Rows rows(static_cast<size_t>(pack_.layers));
+        for (int layer = 0; layer < transform.first_layer(); ++layer)
+          rows[static_cast<size_t>(layer)] = {7};
+        for (size_t group = 0; group < coder.groups(); ++group)
+          ASSERT_TRUE(ReadGroup(&reader, extents, group, cuts, &rows).ok());
+        double error = 0;
+        for (int layer = 0; layer < pack_.layers; ++layer) {
+          const auto l = static_cast<size_t>(layer);
+          if (layer < transform.first_layer()) {
+            EXPECT_THAT(rows[l], testing::ElementsAre(7)) << "layer " << layer;
+          } else {
+            error += SquaredError(rows[l], block_.rows[l], 0, rows[l].size());
+          }
+        }
+        errors.push_back(error);
+      }
+      EXPECT_GT(errors[0], errors[1]);
+      EXPECT_GT(errors[1], errors[2]);
+      // Another prediction reads other rows.
+      KltReader other(&coder, coder.Embeddings(block_.tokens), position);
+      KltCoder::Rows rows(static_cast<size_t>(pack_.layers));
+      ASSERT_TRUE(ReadGroup(&other, extents, 0, 1, &rows).ok());
+      KltReader reader(&coder, entering, position);
+      KltCoder::Rows right(static_cast<size_t>(pack_.layers));
+      ASSERT_TRUE(ReadGroup(&reader, extents, 0, 1, &right).ok());
+      EXPECT_NE(rows, right);
+    }
   }
 }
 
