@@ -43,7 +43,7 @@ class BlockArrival {
   std::vector<uint16_t> TakeWhole() { return std::exchange(whole_, {}); }
   // Whether decoding takes so long that a thread which has else to do should leave it to others.
   // REQUIRES: Accept was ok.
-  bool decodes_long() const { return form_->lossy(); }
+  bool decodes_long() const { return form_->whole_at_any_cut(); }
   // Decodes a whole layer, on any thread. Returns in `ready` what may be attended then.
   // kDataLoss: it is not well-formed.
   Status Decode(uint16_t layer, std::vector<int>* ready) { return reader_->Arrived(layer, ready); }

@@ -7,6 +7,7 @@ Python's standard library only. Numbers are doubles here; levels and what they s
 not, so that rows differ from fp32's in the last bits. Segments' checksums are not looked at.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -246,6 +247,7 @@ def cells():
     return out
 
 
+@functools.cache
 def half_ordinal(doubled):
     """The number at half of this ordinal, between two where that is none."""
     def value(ordinal):
@@ -272,6 +274,7 @@ def far_bits(quarters):
     return max(0, 5 - quarters // 4)
 
 
+@functools.cache
 def exact_table(quarters, half):
     """Frequencies where f is so many quarters of octaves above s, and s in this half of its octave."""
     scale = (1.189207115002721, 1.681792830507429)[half]
