@@ -609,8 +609,7 @@ TEST(KltStateCoder, ReadsEachCutAloneAndAsARefinement) {
     const PrefixState state = RandomState(model->config(), 128, 20);
     const Coded coded = CodeWith("klt", *model, state);
     // Of three layers a reader may recompute one, and has the second one's state from it.
-    const bool recomputes = model->config().layers > 2;
-    ASSERT_EQ(coded.bits.size(), recomputes ? 12U : 6U);
+    ASSERT_EQ(coded.bits.size(), model->config().layers > 2 ? 12U : 6U);
     for (size_t wire = 6; wire < coded.bits.size(); ++wire) {
       EXPECT_LT(coded.bits[wire], coded.bits[wire - 6]);
       for (const int layer : {0, 1}) {
