@@ -37,6 +37,7 @@ struct Implementation {
                       float* y, size_t y_stride);
   // As ordered_gemm.h says.
   void (*ordered_multiply)(const OrderedProduct&);
+  void (*ordered_add_sparse)(const OrderedWeights&, const SparseRows& x, float* out);
   void (*rms_norm)(const float* x, const float* weight, int rows, int width, float epsilon,
                    float* out);
   void (*silu_multiply)(float* gate, const float* up, size_t count);

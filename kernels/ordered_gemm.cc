@@ -84,6 +84,14 @@ void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, co
       {weights, x, rows, weights.inputs(), outputs, bias, 0, out});
 }
 
+void OrderedMultiply(const OrderedProduct& product) {
+  ActiveImplementation().ordered_multiply(product);
+}
+
+void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x, float* out) {
+  ActiveImplementation().ordered_add_sparse(weights, x, out);
+}
+
 void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, float* out) {
   OrderedMultiplyAdd(weights, x, rows, weights.inputs(), out);
 }

@@ -66,6 +66,41 @@ void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows,
 void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, int inputs,
                         float* out);
 
+// Rows of which most numbers are 0: those that are not. Value; what a row holds is appended before
+// the next one begins.
+class SparseRows {
+ public:
+  void Clear() {
+    begin_.assign(1, 0);
+    inputs_.clear();
+    factors_.clear();
+  }
+  // To the row under work. REQUIRES: inputs ascend within a row.
+  void Add(size_t input, float factor) {
+    inputs_.push_back(static_cast<uint16_t>(input));
+    factors_.push_back(factor);
+  }
+  void EndRow() { begin_.push_back(static_cast<uint32_t>(inputs_.size())); }
+
+  size_t rows() const { return begin_.size() - 1; }
+  // All rows' terms; those of row r are [begin()[r], begin()[r + 1]).
+  size_t terms() const { return inputs_.size(); }
+  const uint32_t* begin() const { return begin_.data(); }
+  const uint16_t* inputs() const { return inputs_.data(); }
+  const float* factors() const { return factors_.data(); }
+
+ private:
+  std::vector<uint32_t> begin_ = {0};
+  std::vector<uint16_t> inputs_;
+  std::vector<float> factors_;
+};
+inline constexpr int kMostSparseInputs = 1 << 16;
+
+// out[x.rows()][outputs] += x W^T, as OrderedMultiplyAdd of rows with zeros in all other places but
+// for one thing: a zero adds nothing to a sum, where fma(0, w, -0) would be 0. In turn, what is
+// left out costs nothing. REQUIRES: out does not overlap x; x's inputs are the weights'.
+void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x, float* out);
+
 // One product as an implementation takes it.
 struct OrderedProduct {
   const OrderedWeights& weights;
@@ -79,5 +114,6 @@ struct OrderedProduct {
   size_t start_stride = 0;
   float* out = nullptr;  // [rows][outputs]
 };
+void OrderedMultiply(const OrderedProduct& product);
 
 }  // namespace kvant::kernels

@@ -19,11 +19,11 @@ namespace {
 }  // namespace
 
 const Implementation kScalar = {
-    "scalar",           [] { return true; }, TileEncode,      TileDecode,
-    AttendTileAny,      AttendRawTokens,     Linear,          Linear,
-    OrderedMultiplyAll, RmsNormRows,         SiluMultiplyAll, GeluMultiplyAll,
-    SoftmaxAll,         RansEncodeAll,       RansDecodeAll,   LosslessTops,
-    LosslessSplit,      LosslessMerge,
+    "scalar",           [] { return true; }, TileEncode,    TileDecode,
+    AttendTileAny,      AttendRawTokens,     Linear,        Linear,
+    OrderedMultiplyAll, OrderedAddSparse,    RmsNormRows,   SiluMultiplyAll,
+    GeluMultiplyAll,    SoftmaxAll,          RansEncodeAll, RansDecodeAll,
+    LosslessTops,       LosslessSplit,       LosslessMerge,
 };
 
 }  // namespace kvant::kernels

@@ -450,11 +450,11 @@ Result<Sequence> Calibrator::Coded(const KltCoder& coder, const Probe& probe, do
   std::vector<size_t> size(exact.size());
   pool_->ParallelFor(static_cast<int>(exact.size()), [&](int piece) {
     const auto b = static_cast<size_t>(piece);
-    const std::vector<float>& entering = probe.entering[b][transform];
+    const KltSide side = KltSide::OfEntering(&coder, probe.entering[b][transform]);
     const int position = piece * kBlockTokens;
     KltCoder::Extents extents;
-    coder.Encode(entering, position, exact[b], &extents);
-    KltReader reader(&coder, entering, position);
+    coder.Encode(side, position, exact[b], &extents);
+    KltReader reader(&coder, side, position);
     for (size_t group = 0; group < coder.groups() && status[b].ok(); ++group) {
       std::vector<std::span<const std::byte>> of_group;
       for (const auto& of_cut : extents) {

@@ -1,7 +1,6 @@
 #include "node/klt.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <utility>
 
@@ -12,7 +11,7 @@ namespace kvant::node {
 namespace {
 
 // Coefficients that tell how loud a token is: those that the first cut codes, if there are as many.
-constexpr int kFewestLoud = 8;
+constexpr size_t kFewestLoud = 8;
 
 }  // namespace
 
@@ -47,6 +46,37 @@ void ScatterState(const Model& model, int layer, int position, int tokens, const
   }
 }
 
+KltSide KltSide::OfEntering(const KltCoder* coder, std::span<const float> entering) {
+  return OfNormalized(coder, KltCoder::Normalized(entering, coder->pack().hidden));
+}
+
+KltSide KltSide::OfNormalized(const KltCoder* coder, std::vector<float> normalized) {
+  KV_CHECK(normalized.size() == static_cast<size_t>(kBlockTokens * coder->pack().hidden));
+  KltSide side;
+  side.coder_ = coder;
+  side.normalized_ = std::move(normalized);
+  return side;
+}
+
+KltSide KltSide::OfTokens(const KltCoder* coder, std::span<const int32_t> tokens,
+                          KltPredictions* kept) {
+  KV_CHECK(tokens.size() == kBlockTokens && coder->transform().recomputed == 0);
+  if (kept == nullptr) return OfEntering(coder, coder->Embeddings(tokens));
+  KltSide side;
+  side.coder_ = coder;
+  side.kept_ = kept;
+  side.tokens_.assign(tokens.begin(), tokens.end());
+  return side;
+}
+
+std::vector<float> KltSide::Begun(size_t group) const {
+  if (kept_ == nullptr) return coder_->Begun(group, normalized_);
+  std::vector<float> rows(
+      static_cast<size_t>(kBlockTokens * coder_->transform().bases[group].width));
+  kept_->Get(*coder_, group, tokens_, rows.data());
+  return rows;
+}
+
 KltCoder::KltCoder(const Model* model, const KltPack* pack, std::vector<size_t> cuts,
                    size_t transform)
     : model_(*model),
@@ -58,11 +88,27 @@ KltCoder::KltCoder(const Model* model, const KltPack* pack, std::vector<size_t> 
   for (size_t i = 0; i < cuts_.size(); ++i) {
     KV_CHECK(cuts_[i] < transform_.cuts.size());
     KV_CHECK(cuts_.size() == 1 || (i < pack_.refining.size() && cuts_[i] == pack_.refining[i]));
+    auto& of_cut = of_.emplace_back();
+    for (const KltBasis& basis : transform_.bases) {
+      OfGroup& of = of_cut.emplace_back();
+      for (const float deviation : basis.deviation)
+        of.quarters.push_back(KltQuarters(deviation, cut(i).step));
+      for (int more = kLeastMore; more <= kMostMore; ++more) {
+        Prefix& prefix = of.prefixes.emplace_back();
+        for (const int quarters : of.quarters) {
+          // Deviations descend: what follows has no table either.
+          const KltPlace place = i == 0 ? FirstPlace(quarters + more)
+                                        : RefinedPlace(static_cast<int>(i), false, quarters + more);
+          if (place.table < 0) break;
+          prefix.table.push_back(static_cast<uint8_t>(place.table));
+          prefix.with_low_bits += place.low_bits > 0 ? 1 : 0;
+        }
+      }
+    }
   }
 }
 
 std::vector<float> KltCoder::Embeddings(std::span<const int32_t> tokens) const {
-  KV_CHECK(tokens.size() == kBlockTokens);
   std::vector<float> out(tokens.size() * static_cast<size_t>(pack_.hidden));
   for (size_t i = 0; i < tokens.size(); ++i) {
     model_.Embed(tokens[i], out.data() + i * static_cast<size_t>(pack_.hidden));
@@ -72,7 +118,7 @@ std::vector<float> KltCoder::Embeddings(std::span<const int32_t> tokens) const {
 
 std::vector<float> KltCoder::Normalized(std::span<const float> entering, int width) {
   const auto hidden = static_cast<size_t>(width);
-  KV_CHECK(entering.size() == kBlockTokens * hidden);
+  KV_CHECK(entering.size() % hidden == 0);
   std::vector<float> normalized;
   normalized.reserve(entering.size());
   for (size_t at = 0; at < entering.size(); at += hidden) {
@@ -86,106 +132,105 @@ std::vector<float> KltCoder::Normalized(std::span<const float> entering, int wid
   return normalized;
 }
 
-std::vector<float> KltCoder::Inputs(size_t group, std::span<const float> normalized,
-                                    std::span<const std::vector<float>> first) const {
-  const auto hidden = static_cast<size_t>(pack_.hidden);
-  std::vector<float> inputs;
-  inputs.reserve(static_cast<size_t>(kBlockTokens * transform_.bases[group].inputs));
-  for (size_t token = 0; token < kBlockTokens; ++token) {
-    const auto add = [&](std::span<const float> from, size_t stride, size_t count) {
-      const auto at = from.begin() + static_cast<ptrdiff_t>(token * stride);
-      inputs.insert(inputs.end(), at, at + static_cast<ptrdiff_t>(count));
-    };
-    add(normalized, hidden, hidden);
-    for (const int of : transform_.groups[group].sources) {
-      const auto source = static_cast<size_t>(of);
-      const auto count = static_cast<size_t>(SourceCoefficients(transform_.bases[source]));
-      add(first[source], count, count);
-    }
-  }
-  return inputs;
+std::vector<float> KltCoder::Begun(size_t group, std::span<const float> normalized) const {
+  const KltBasis& basis = transform_.bases[group];
+  const size_t tokens = normalized.size() / static_cast<size_t>(pack_.hidden);
+  std::vector<float> rows(tokens * static_cast<size_t>(basis.width));
+  kernels::OrderedMultiply({basis.predictor, normalized.data(), static_cast<int>(tokens),
+                            pack_.hidden, basis.width, basis.bias.data(), 0, rows.data()});
+  return rows;
 }
 
-std::vector<float> KltCoder::Predict(size_t group, std::span<const float> inputs,
+std::vector<float> KltCoder::Predict(size_t group, const KltSide& side,
+                                     std::span<const kernels::SparseRows> first,
                                      int position) const {
   const KltBasis& basis = transform_.bases[group];
-  std::vector<float> rows(static_cast<size_t>(kBlockTokens * basis.width));
-  kernels::OrderedMultiply(basis.predictor, inputs.data(), kBlockTokens, basis.bias.data(),
-                           rows.data());
+  std::vector<float> rows = side.Begun(group);
+  const std::vector<int>& sources = transform_.groups[group].sources;
+  if (!sources.empty()) {
+    kernels::SparseRows terms;
+    for (size_t token = 0; token < kBlockTokens; ++token) {
+      auto offset = static_cast<size_t>(pack_.hidden);
+      for (const int of : sources) {
+        const auto source = static_cast<size_t>(of);
+        const kernels::SparseRows& from = first[source];
+        for (size_t t = from.begin()[token]; t < from.begin()[token + 1]; ++t)
+          terms.Add(offset + from.inputs()[t], from.factors()[t]);
+        offset += static_cast<size_t>(SourceCoefficients(transform_.bases[source]));
+      }
+      terms.EndRow();
+    }
+    kernels::OrderedMultiplyAdd(basis.predictor, terms, rows.data());
+  }
   if (position == 0) std::copy(basis.sink_bias.begin(), basis.sink_bias.end(), rows.begin());
   return rows;
 }
 
-std::vector<int> KltCoder::Quarters(size_t group, size_t cut) const {
-  std::vector<int> quarters;
-  for (const float deviation : transform_.bases[group].deviation)
-    quarters.push_back(KltQuarters(deviation, this->cut(cut).step));
-  return quarters;
-}
-
 void KltCoder::PlacesOf(size_t group, size_t cut, int position, std::span<const KltToken> tokens,
-                        std::span<const int8_t> signs, std::vector<KltPlace>* places) const {
+                        const KltValues& values, KltPlaces* places) const {
   const KltBasis& basis = transform_.bases[group];
-  const size_t count = Coefficients(group);
   const size_t sinks = Sinks(position);
-  places->clear();
-  places->reserve(kBlockTokens * count);
+  places->Clear();
   for (size_t token = 0; token < sinks; ++token) {
     // The first cut says all there is of a sink.
-    for (const float deviation : basis.sink_deviation[token == 0 ? 0 : 1]) {
-      places->push_back(cut == 0 ? FirstPlace(KltQuarters(deviation, pack_.sink_step))
-                                 : KltPlace{});
-    }
+    const std::vector<float>& deviation = basis.sink_deviation[token == 0 ? 0 : 1];
+    for (size_t c = 0; c < deviation.size() && cut == 0; ++c)
+      places->Add(c, FirstPlace(KltQuarters(deviation[c], pack_.sink_step)));
+    places->EndToken();
   }
-  // Places of all quarters that there are between nothing and the most low bits.
-  constexpr int kLeast = 4 * kKltLowest - 1;
-  constexpr int kMost = 4 * (kKltHighest + kKltMostLowBits);
-  std::array<std::array<KltPlace, kMost - kLeast + 1>, 2> of_quarters;
-  for (const bool significant : {false, true}) {
-    for (int quarters = kLeast; quarters <= kMost; ++quarters) {
-      of_quarters[significant ? 1 : 0][static_cast<size_t>(quarters - kLeast)] =
-          cut == 0 ? FirstPlace(quarters)
-                   : RefinedPlace(static_cast<int>(cut), significant, quarters);
-    }
-  }
-  const std::vector<int> quarters = Quarters(group, cut);
+  const std::vector<int>& quarters = of_[cut][group].quarters;
   for (size_t token = sinks; token < kBlockTokens; ++token) {
+    const Prefix& prefix = PrefixOf(group, cut, tokens[token]);
     const int more = tokens[token].quarters();
-    const int8_t* sign = signs.data() + token * count;
-    for (size_t c = 0; c < count; ++c) {
-      const int at = std::clamp(quarters[c] + more, kLeast, kMost) - kLeast;
+    const size_t begin = places->coded();
+    places->AddFirst(prefix.table);
+    for (size_t c = 0; c < prefix.with_low_bits; ++c) {
+      places->low_bits[begin + c] = static_cast<uint8_t>(FirstPlace(quarters[c] + more).low_bits);
+    }
+    if (cut > 0) {
       // What was found is refined even where little is left of it.
-      const bool significant = cut > 0 && sign[c] != 0;
-      places->push_back(of_quarters[significant ? 1 : 0][static_cast<size_t>(at)]);
+      values.ForEach(token, 0, [&](size_t c, float) {
+        const KltPlace place = RefinedPlace(static_cast<int>(cut), true, quarters[c] + more);
+        if (c < prefix.table.size()) {
+          places->table[begin + c] = static_cast<uint8_t>(place.table);
+        } else {
+          places->Add(c, place);
+        }
+      });
     }
+    places->EndToken();
   }
 }
 
-void KltCoder::Refine(size_t group, size_t cut, int position, std::span<const KltToken> tokens,
-                      std::span<const KltPlace> places, std::span<const int32_t> levels,
-                      std::vector<float>* values, std::vector<int8_t>* signs) const {
-  const size_t count = Coefficients(group);
-  const size_t sinks = Sinks(position);
+void KltCoder::Refine(size_t cut, int position, std::span<const KltToken> tokens,
+                      const KltPlaces& places, std::span<const int32_t> levels,
+                      KltValues* values) const {
+  size_t i = 0;
   for (size_t token = 0; token < kBlockTokens; ++token) {
-    const float step = token < sinks ? pack_.sink_step : StepOf(tokens[token], this->cut(cut).step);
-    for (size_t i = token * count; i < (token + 1) * count; ++i) {
-      if (places[i].table < 0) continue;
-      const float value = levels_.Value(levels[i], places[i]) * step;
-      int8_t& sign = (*signs)[i];
-      // What refines a level counts away from zero.
-      (*values)[i] += sign < 0 ? -value : value;
-      if (sign == 0) sign = static_cast<int8_t>((levels[i] > 0 ? 1 : 0) - (levels[i] < 0 ? 1 : 0));
+    const float step = StepAt(cut, position, tokens, token);
+    for (; i < places.end[token]; ++i) {
+      const size_t c = places.coefficient[i];
+      const bool here = cut > 0 && values->Here(token, c);
+      if (levels[i] == 0 && !here) continue;
+      const float value = levels_.Value(levels[i], places.At(i)) * step;
+      if (here) {
+        // What refines a level counts away from zero.
+        values->Add(token, c, values->Below(token, c) ? -value : value);
+      } else {
+        values->Begin(token, c, value, levels[i] < 0);
+      }
     }
   }
 }
 
-std::vector<float> KltCoder::Leading(size_t group, std::span<const float> values) const {
+kernels::SparseRows KltCoder::Leading(size_t group, const KltValues& values) const {
   const auto count = static_cast<size_t>(SourceCoefficients(transform_.bases[group]));
-  std::vector<float> leading;
-  leading.reserve(kBlockTokens * count);
-  for (size_t i = 0; i < values.size(); i += Coefficients(group)) {
-    const auto at = values.begin() + static_cast<ptrdiff_t>(i);
-    leading.insert(leading.end(), at, at + static_cast<ptrdiff_t>(count));
+  kernels::SparseRows leading;
+  for (size_t token = 0; token < kBlockTokens; ++token) {
+    values.ForEach(token, 0, [&](size_t c, float value) {
+      if (c < count) leading.Add(c, value);
+    });
+    leading.EndRow();
   }
   return leading;
 }
@@ -219,22 +264,20 @@ void KltCoder::SetTokens(size_t group, int position, std::span<const int8_t> fin
                          Code* code) const {
   const KltBasis& basis = transform_.bases[group];
   const size_t count = Coefficients(group);
-  // Of the first cut, which has no regard to those behind it.
-  const std::vector<int> quarters = Quarters(group, 0);
   code->tokens.assign(kBlockTokens, {});
   for (size_t token = Sinks(position); token < kBlockTokens; ++token) {
     KltToken& of = code->tokens[token];
     of.finer = finer[token];
+    // Of the first cut, which has no regard to those behind it.
+    const size_t counted = PrefixOf(group, 0, of).table.size();
     double squares = 0;
-    int counted = 0;
-    for (size_t c = 0; c < count && FirstPlace(quarters[c] + of.quarters()).table >= 0; ++c) {
+    for (size_t c = 0; c < counted; ++c) {
       const double ratio = static_cast<double>(code->coefficients[token * count + c]) /
                            static_cast<double>(basis.deviation[c]);
       squares += ratio * ratio;
-      ++counted;
     }
     if (counted < kFewestLoud || !(squares > 0)) continue;
-    const double quarter_octaves = 2 * std::log2(squares / counted);
+    const double quarter_octaves = 2 * std::log2(squares / static_cast<double>(counted));
     of.louder = static_cast<int8_t>(
         std::lround(std::clamp(quarter_octaves, static_cast<double>(kKltLeastLouder),
                                static_cast<double>(kKltMostLouder))));
@@ -245,81 +288,73 @@ void KltCoder::CodeGroup(size_t group, int position, std::span<const float> left
                          std::span<const int8_t> finer, Code* code, const Watch* watch) const {
   const KltBasis& basis = transform_.bases[group];
   const size_t count = Coefficients(group);
-  const size_t size = kBlockTokens * count;
-  const size_t sinks = Sinks(position);
   // Those behind the last one that is coded are not asked for.
   size_t coded = position == 0 ? count : 0;
-  const int most = *std::max_element(finer.begin(), finer.end()) * 2 + kKltMostLouder;
-  for (size_t cut = 0; cut < cuts(); ++cut) {
-    const std::vector<int> quarters = Quarters(group, cut);
-    while (coded < count && FirstPlace(quarters[coded] + most).table >= 0) ++coded;
-  }
-  code->coefficients.assign(size, 0);
+  const KltToken most = {*std::max_element(finer.begin(), finer.end()), kKltMostLouder};
+  for (size_t cut = 0; cut < cuts(); ++cut)
+    coded = std::max(coded, PrefixOf(group, cut, most).table.size());
+  code->coefficients.assign(kBlockTokens * count, 0);
   kernels::OrderedMultiply(basis.analysis, left.data(), kBlockTokens, nullptr,
                            static_cast<int>(coded), code->coefficients.data());
   SetTokens(group, position, finer, code);
-  code->places.resize(cuts());
-  code->levels.resize(cuts());
-  code->values.assign(size, 0);
-  std::vector<int8_t> signs(size);
+  code->cuts.resize(cuts());
+  code->values.Reset(kBlockTokens, count);
   for (size_t cut = 0; cut < cuts(); ++cut) {
-    std::vector<KltPlace>& places = code->places[cut];
-    std::vector<int32_t>& levels = code->levels[cut];
-    PlacesOf(group, cut, position, code->tokens, signs, &places);
-    levels.assign(size, 0);
-    code->rounded.assign(size, 0);
+    Code::OfCut& of = code->cuts[cut];
+    PlacesOf(group, cut, position, code->tokens, code->values, &of.places);
+    of.rounded.resize(of.places.coded());
+    of.levels.resize(of.places.coded());
+    size_t i = 0;
     for (size_t token = 0; token < kBlockTokens; ++token) {
-      const float step =
-          token < sinks ? pack_.sink_step : StepOf(code->tokens[token], this->cut(cut).step);
-      for (size_t i = token * count; i < (token + 1) * count; ++i) {
-        if (places[i].table < 0) continue;
-        const float away = code->coefficients[i] - code->values[i];
-        code->rounded[i] = (signs[i] < 0 ? -away : away) / step;
-        levels[i] = levels_.Round(code->rounded[i], places[i]);
+      const float steps = 1 / StepAt(cut, position, code->tokens, token);
+      const float* exact = code->coefficients.data() + token * count;
+      for (; i < of.places.end[token]; ++i) {
+        const size_t c = of.places.coefficient[i];
+        float away = exact[c];
+        if (cut > 0 && code->values.Here(token, c)) {
+          away -= code->values.At(token, c);
+          if (code->values.Below(token, c)) away = -away;
+        }
+        of.rounded[i] = away * steps;
+        of.levels[i] = levels_.Round(of.rounded[i], of.places.At(i));
       }
     }
-    if (watch != nullptr) (*watch)(cut, *code);
-    Refine(group, cut, position, code->tokens, places, levels, &code->values, &signs);
+    Refine(cut, position, code->tokens, of.places, of.levels, &code->values);
     if (cut == 0) code->first = Leading(group, code->values);
+    if (watch != nullptr) (*watch)(cut, *code);
   }
 }
 
-void KltCoder::Encode(std::span<const float> entering, int position, const Rows& exact,
+void KltCoder::Encode(const KltSide& side, int position, const Rows& exact,
                       Extents* extents) const {
-  const std::vector<float> normalized = Normalized(entering, pack_.hidden);
-  std::vector<std::vector<float>> first;
+  std::vector<kernels::SparseRows> first;
   extents->assign(cuts(), std::vector<std::vector<std::byte>>(groups()));
   Code code;
   for (size_t group = 0; group < groups(); ++group) {
     std::vector<float> left = Gathered(group, exact);
-    const std::vector<float> predicted = Predict(group, Inputs(group, normalized, first), position);
+    const std::vector<float> predicted = Predict(group, side, first, position);
     const std::vector<int8_t> finer = Finer(group, left);
     for (size_t i = 0; i < left.size(); ++i) left[i] -= predicted[i];
     CodeGroup(group, position, left, finer, &code, nullptr);
-    first.push_back(std::move(code.first));
+    first.push_back(code.first);
     for (size_t cut = 0; cut < cuts(); ++cut) {
       std::vector<std::byte>& extent = (*extents)[cut][group];
       if (cut == 0) {
         for (const KltToken token : code.tokens) extent.push_back(ByteOf(token));
       }
-      levels_.Write(code.levels[cut], code.places[cut], &extent);
+      levels_.Write(code.cuts[cut].levels, code.cuts[cut].places, &extent);
     }
   }
 }
 
-KltReader::KltReader(const KltCoder* coder, std::span<const float> entering, int position)
-    : coder_(*coder),
-      position_(position),
-      normalized_(KltCoder::Normalized(entering, coder->pack().hidden)),
-      first_(coder->groups()) {}
+KltReader::KltReader(const KltCoder* coder, KltSide side, int position)
+    : coder_(*coder), side_(std::move(side)), position_(position), first_(coder->groups()) {}
 
 Status KltReader::Read(size_t group, std::span<const std::span<const std::byte>> extents,
                        KltCoder::Rows* rows) {
   KV_CHECK(!extents.empty() && extents.size() <= coder_.cuts());
   const KltPack& pack = coder_.pack();
   const KltBasis& basis = coder_.transform().bases[group];
-  const size_t count = coder_.Coefficients(group);
-  const size_t size = kBlockTokens * count;
   if (extents[0].size() < kBlockTokens)
     return DataLoss("a klt block: the extent of a first cut is too short");
   std::vector<KltToken> tokens;
@@ -327,38 +362,21 @@ Status KltReader::Read(size_t group, std::span<const std::span<const std::byte>>
   for (size_t token = 0; token < KltCoder::Sinks(position_); ++token) {
     if (tokens[token] != KltToken()) return DataLoss("a klt block: a sink has a step of its own");
   }
-  std::vector<KltPlace> places;
-  std::vector<int32_t> levels(size);
-  std::vector<float> values(size);
-  std::vector<int8_t> signs(size);
+  values_.Reset(kBlockTokens, coder_.Coefficients(group));
   for (size_t cut = 0; cut < extents.size(); ++cut) {
-    coder_.PlacesOf(group, cut, position_, tokens, signs, &places);
+    coder_.PlacesOf(group, cut, position_, tokens, values_, &places_);
     const auto coded = cut == 0 ? extents[0].subspan(kBlockTokens) : extents[cut];
-    KV_RETURN_IF_ERROR(coder_.levels_.Read(coded, places, levels));
-    coder_.Refine(group, cut, position_, tokens, places, levels, &values, &signs);
-    if (cut == 0) first_[group] = coder_.Leading(group, values);
+    KV_RETURN_IF_ERROR(coder_.levels_.Read(coded, places_, &levels_));
+    coder_.Refine(cut, position_, tokens, places_, levels_, &values_);
+    if (cut == 0) first_[group] = coder_.Leading(group, values_);
   }
-  std::vector<float> together =
-      coder_.Predict(group, coder_.Inputs(group, normalized_, first_), position_);
-  // The last coefficients, which vary least, are all 0 at most cuts.
-  size_t used = count;
-  const auto is_unused = [&](size_t c) {
-    for (size_t i = c; i < size; i += count) {
-      if (values[i] != 0) return false;
-    }
-    return true;
-  };
-  while (used > 0 && is_unused(used - 1)) --used;
-  if (used > 0) {
-    std::vector<float> packed;
-    packed.reserve(kBlockTokens * used);
-    for (size_t i = 0; i < size; i += count) {
-      packed.insert(packed.end(), values.begin() + static_cast<ptrdiff_t>(i),
-                    values.begin() + static_cast<ptrdiff_t>(i + used));
-    }
-    kernels::OrderedMultiplyAdd(basis.synthesis, packed.data(), kBlockTokens,
-                                static_cast<int>(used), together.data());
+  std::vector<float> together = coder_.Predict(group, side_, first_, position_);
+  terms_.Clear();
+  for (size_t token = 0; token < kBlockTokens; ++token) {
+    values_.ForEach(token, 0, [&](size_t c, float value) { terms_.Add(c, value); });
+    terms_.EndRow();
   }
+  kernels::OrderedMultiplyAdd(basis.synthesis, terms_, together.data());
   rows->resize(static_cast<size_t>(pack.layers));
   const auto width = static_cast<size_t>(pack.width);
   const auto& layers = coder_.transform().groups[group].layers;

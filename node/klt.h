@@ -18,6 +18,8 @@
 #include "base/status.h"
 #include "node/decoder.h"
 #include "node/klt_pack.h"
+#include "node/klt_predictions.h"
+#include "node/klt_values.h"
 #include "node/model.h"
 
 namespace kvant::node {
@@ -28,6 +30,31 @@ void GatherState(const Model& model, int layer, int position, int tokens, const 
                  const float* values, float* rows);
 void ScatterState(const Model& model, int layer, int position, int tokens, const float* rows,
                   float* keys, float* values);
+
+class KltCoder;
+
+// What a reader of a block knows before any byte of it. Value; borrows what it is made of.
+class KltSide {
+ public:
+  // entering: what enters the first layer that is not recomputed, [kBlockTokens][hidden]; not
+  // needed afterwards.
+  static KltSide OfEntering(const KltCoder* coder, std::span<const float> entering);
+  // The same over its root mean square, for every layer begins with that.
+  static KltSide OfNormalized(const KltCoder* coder, std::vector<float> normalized);
+  // Of a coder that recomputes nothing: kBlockTokens tokens, whose embeddings are what enters.
+  // kept: nullptr, or where predictions are kept; borrowed.
+  static KltSide OfTokens(const KltCoder* coder, std::span<const int32_t> tokens,
+                          KltPredictions* kept);
+
+  // What it alone predicts of a group's rows, [kBlockTokens][KltBasis::width].
+  std::vector<float> Begun(size_t group) const;
+
+ private:
+  const KltCoder* coder_ = nullptr;
+  KltPredictions* kept_ = nullptr;
+  std::vector<int32_t> tokens_;    // if predictions are kept
+  std::vector<float> normalized_;  // otherwise
+};
 
 // One model's coder. Immutable after its making, Thread-safe; borrows model and pack.
 class KltCoder {
@@ -41,44 +68,45 @@ class KltCoder {
   using Rows = std::vector<std::vector<float>>;
   // Bytes, [cut][group]. What one group has at the cuts from the first on is read together.
   using Extents = std::vector<std::vector<std::vector<std::byte>>>;
-  // One group as it is coded. Tokens in rows, coefficients in columns.
+  // One group as it is coded.
   struct Code {
-    std::vector<KltToken> tokens;               // [kBlockTokens]
-    std::vector<float> coefficients;            // [kBlockTokens][coefficients]
-    std::vector<std::vector<KltPlace>> places;  // [cut], as coefficients
-    std::vector<std::vector<int32_t>> levels;   // [cut]
-    std::vector<float> rounded;                 // in steps of the cut under work, before rounding
-    std::vector<float> first;   // what the first cut says: [kBlockTokens][SourceCoefficients]
-    std::vector<float> values;  // what all cuts say
+    struct OfCut {
+      KltPlaces places;
+      std::vector<float> rounded;   // [coded], in steps, before rounding
+      std::vector<int32_t> levels;  // [coded]
+    };
+    std::vector<KltToken> tokens;     // [kBlockTokens]
+    std::vector<float> coefficients;  // [kBlockTokens][coefficients]
+    std::vector<OfCut> cuts;
+    kernels::SparseRows first;  // what the first cut says that predicts other groups
+    KltValues values;           // what all cuts say
   };
 
   size_t cuts() const { return cuts_.size(); }
   size_t groups() const { return transform_.groups.size(); }
+  const Model& model() const { return model_; }
   const KltPack& pack() const { return pack_; }
   const KltTransform& transform() const { return transform_; }
   const KltCut& cut(size_t index) const { return transform_.cuts[cuts_[index]]; }
 
-  // What enters the first layer, [kBlockTokens][hidden]. tokens: kBlockTokens.
+  // What enters the first layer, [tokens][hidden].
   std::vector<float> Embeddings(std::span<const int32_t> tokens) const;
-  // entering: what enters the first layer that is not recomputed, [kBlockTokens][hidden], so the
-  // embeddings if none is. position: of the first token.
-  void Encode(std::span<const float> entering, int position, const Rows& exact,
-              Extents* extents) const;
+  // position: of the first token.
+  void Encode(const KltSide& side, int position, const Rows& exact, Extents* extents) const;
 
   // The parts of it, for readers and calibration.
-  // What is made of it for predicting: each token's numbers over their root mean square, for every
-  // layer begins with that.
+  // Each token's numbers over their root mean square, [tokens][hidden].
   static std::vector<float> Normalized(std::span<const float> entering, int hidden);
-  // What predicts a group, [kBlockTokens][KltBasis::inputs]. first: [group] of those before it, as
-  // in Code.
-  std::vector<float> Inputs(size_t group, std::span<const float> normalized,
-                            std::span<const std::vector<float>> first) const;
-  // Predictions of a group's rows, side by side: [kBlockTokens][KltBasis::width].
-  std::vector<float> Predict(size_t group, std::span<const float> inputs, int position) const;
+  // What they predict of a group, [tokens][KltBasis::width].
+  std::vector<float> Begun(size_t group, std::span<const float> normalized) const;
+  // Predictions of a group's rows, side by side: [kBlockTokens][KltBasis::width]. first: [group] of
+  // those before it, as in Code.
+  std::vector<float> Predict(size_t group, const KltSide& side,
+                             std::span<const kernels::SparseRows> first, int position) const;
   // How many half octaves finer than others a token's step is. rows: of the group, side by side.
   std::vector<int8_t> Finer(size_t group, std::span<const float> rows) const;
   // Codes what is left of a group: exact rows, side by side, less their predictions. finer: of each
-  // token. watch: sees each cut's `rounded` and levels; may be nullptr.
+  // token. watch: sees `values` behind each cut; may be nullptr.
   using Watch = std::function<void(size_t cut, const Code& code)>;
   void CodeGroup(size_t group, int position, std::span<const float> left,
                  std::span<const int8_t> finer, Code* code, const Watch* watch) const;
@@ -87,18 +115,34 @@ class KltCoder {
 
  private:
   friend class KltReader;
-  // Of a coefficient of most tokens at a cut.
-  std::vector<int> Quarters(size_t group, size_t cut) const;
-  // What coefficients are at a cut; signs: of what the cuts before it found, 0 for nothing.
+  // What a token codes at a cut where it has coefficients so many quarters of an octave above the
+  // pack's: the first table.size(), of which the first with_low_bits have low bits.
+  struct Prefix {
+    std::vector<uint8_t> table;
+    size_t with_low_bits = 0;
+  };
+  struct OfGroup {
+    std::vector<int> quarters;     // [coefficients], of most tokens
+    std::vector<Prefix> prefixes;  // [quarters more - kLeastMore]
+  };
+  static constexpr int kLeastMore = kKltLeastLouder + 2 * kKltLeastFiner;
+  static constexpr int kMostMore = kKltMostLouder + 2 * kKltMostFiner;
+
+  const Prefix& PrefixOf(size_t group, size_t cut, KltToken token) const {
+    return of_[cut][group].prefixes[static_cast<size_t>(token.quarters() - kLeastMore)];
+  }
+  // What is coded at a cut. values: what the cuts before it say.
   void PlacesOf(size_t group, size_t cut, int position, std::span<const KltToken> tokens,
-                std::span<const int8_t> signs, std::vector<KltPlace>* places) const;
+                const KltValues& values, KltPlaces* places) const;
   void SetTokens(size_t group, int position, std::span<const int8_t> finer, Code* code) const;
   // The coefficients that predict other groups.
-  std::vector<float> Leading(size_t group, std::span<const float> values) const;
-  // Adds a cut's levels to values and signs.
-  void Refine(size_t group, size_t cut, int position, std::span<const KltToken> tokens,
-              std::span<const KltPlace> places, std::span<const int32_t> levels,
-              std::vector<float>* values, std::vector<int8_t>* signs) const;
+  kernels::SparseRows Leading(size_t group, const KltValues& values) const;
+  // Adds a cut's levels.
+  void Refine(size_t cut, int position, std::span<const KltToken> tokens, const KltPlaces& places,
+              std::span<const int32_t> levels, KltValues* values) const;
+  float StepAt(size_t cut, int position, std::span<const KltToken> tokens, size_t token) const {
+    return token < Sinks(position) ? pack_.sink_step : StepOf(tokens[token], this->cut(cut).step);
+  }
   size_t Coefficients(size_t group) const {
     return static_cast<size_t>(transform_.bases[group].coefficients);
   }
@@ -110,13 +154,13 @@ class KltCoder {
   const KltTransform& transform_;
   std::vector<size_t> cuts_;
   KltLevels levels_;
+  std::vector<std::vector<OfGroup>> of_;  // [cut][group]
 };
 
 // One block under reading. Single-owner; borrows the coder.
 class KltReader {
  public:
-  // As of KltCoder::Encode.
-  KltReader(const KltCoder* coder, std::span<const float> entering, int position);
+  KltReader(const KltCoder* coder, KltSide side, int position);
   // Reads a group at as many cuts as there are extents, and sets the rows of its layers. The rows
   // are the same to the bit on every machine that has the same entering. kDataLoss: the bytes are
   // not of this model and these cuts; rows are undefined then. REQUIRES: the group's sources were
@@ -126,9 +170,14 @@ class KltReader {
 
  private:
   const KltCoder& coder_;
+  KltSide side_;
   int position_;
-  std::vector<float> normalized_;
-  std::vector<std::vector<float>> first_;  // [group]
+  std::vector<kernels::SparseRows> first_;  // [group]
+  // Of the group under work.
+  KltPlaces places_;
+  std::vector<int32_t> levels_;
+  KltValues values_;
+  kernels::SparseRows terms_;
 };
 
 }  // namespace kvant::node

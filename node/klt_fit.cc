@@ -85,19 +85,38 @@ std::vector<float> KltFit::RowsOf(const KltCoder& coder, const Block& block, siz
   return coder.Gathered(group, rows);
 }
 
-std::vector<float> KltFit::InputsOf(const KltCoder& coder, const Block& block, size_t group,
-                                    std::span<const std::vector<float>> first) const {
+std::vector<float> KltFit::NormalizedOf(const KltCoder& coder, const Block& block) const {
   const auto transform = static_cast<size_t>(&coder.transform() - pack_.transforms.data());
-  return coder.Inputs(group, Floats(block.normalized[transform]), first);
+  return Floats(block.normalized[transform]);
+}
+
+std::vector<float> KltFit::InputsOf(const KltCoder& coder, const Block& block, size_t group) const {
+  const auto inputs = static_cast<size_t>(coder.transform().bases[group].inputs);
+  const auto hidden = static_cast<size_t>(pack_.hidden);
+  const std::vector<float> normalized = NormalizedOf(coder, block);
+  std::vector<float> all(kBlockTokens * inputs);
+  for (size_t token = 0; token < kBlockTokens; ++token) {
+    float* to = all.data() + token * inputs;
+    std::copy_n(normalized.data() + token * hidden, hidden, to);
+    to += hidden;
+    for (const int of : coder.transform().groups[group].sources) {
+      const auto source = static_cast<size_t>(of);
+      const kernels::SparseRows& first = block.first[source];
+      for (size_t t = first.begin()[token]; t < first.begin()[token + 1]; ++t)
+        to[first.inputs()[t]] = first.factors()[t];
+      to += SourceCoefficients(coder.transform().bases[source]);
+    }
+  }
+  return all;
 }
 
 void KltFit::Code(const KltCoder& coder, const Block& block, size_t group,
-                  std::span<const std::vector<float>> first, const KltCoder::Watch* watch,
+                  std::span<const kernels::SparseRows> first, const KltCoder::Watch* watch,
                   KltCoder::Code* code) const {
   std::vector<float> left = RowsOf(coder, block, group);
   const std::vector<int8_t> finer = coder.Finer(group, left);
-  const std::vector<float> predicted =
-      coder.Predict(group, InputsOf(coder, block, group, first), block.position);
+  const KltSide side = KltSide::OfNormalized(&coder, NormalizedOf(coder, block));
+  const std::vector<float> predicted = coder.Predict(group, side, first, block.position);
   for (size_t i = 0; i < left.size(); ++i) left[i] -= predicted[i];
   coder.CodeGroup(group, block.position, left, finer, code, watch);
 }
@@ -119,7 +138,7 @@ KltFit::Moments KltFit::MomentsOf(const KltCoder& coder, size_t group) const {
       const size_t begin = static_cast<size_t>(panel) * kPanelBlocks;
       for (size_t b = begin; b < std::min(begin + kPanelBlocks, blocks_.size()); ++b) {
         const Block& block = blocks_[b];
-        const std::vector<float> of_block = InputsOf(coder, block, group, block.first);
+        const std::vector<float> of_block = InputsOf(coder, block, group);
         const std::vector<float> rows = RowsOf(coder, block, group);
         for (int token = block.position == 0 ? kKltSinks : 0; token < kBlockTokens; ++token) {
           const auto at = of_block.begin() + static_cast<ptrdiff_t>(token) * basis.inputs;
@@ -256,7 +275,7 @@ void KltFit::Finish(const KltCoder& coder, size_t group, KltBasis* basis) {
     Block& block = blocks_[static_cast<size_t>(b)];
     KltCoder::Code code;
     Code(coder, block, group, block.first, nullptr, &code);
-    block.first[group] = std::move(code.first);
+    block.first[group] = code.first;
     if (block.position != 0) return;
     const std::lock_guard<std::mutex> lock(mutex);
     for (size_t i = 0; i < kKltSinks * count; ++i)
@@ -275,7 +294,6 @@ Status KltFit::FitBases(std::span<const std::vector<std::vector<float>>> importa
   for (size_t t = 0; t < pack_.transforms.size(); ++t) {
     KltTransform& transform = pack_.transforms[t];
     transform.cuts = {{"", step, 0}};
-    const KltCoder coder(&model_, &pack_, {0}, t);
     for (Block& block : blocks_) block.first.assign(transform.groups.size(), {});
     for (size_t group = 0; group < transform.groups.size(); ++group) {
       const int inputs = node::InputsOf(pack_, transform, group);
@@ -283,7 +301,10 @@ Status KltFit::FitBases(std::span<const std::vector<std::vector<float>>> importa
       basis.width = pack_.width * static_cast<int>(transform.groups[group].layers.size());
       basis.inputs = inputs;
       basis.importance = importance[t][group];
-      KV_RETURN_IF_ERROR(Solve(MomentsOf(coder, group), transform.groups[group], least, &basis));
+      // A coder knows the bases that there are when it is made.
+      const KltCoder before(&model_, &pack_, {0}, t);
+      KV_RETURN_IF_ERROR(Solve(MomentsOf(before, group), transform.groups[group], least, &basis));
+      const KltCoder coder(&model_, &pack_, {0}, t);
       Finish(coder, group, &basis);
     }
   }
@@ -314,14 +335,14 @@ std::unique_ptr<KltFit::Counts> KltFit::CountOnce(std::span<const std::vector<si
     const Block& block = blocks_[static_cast<size_t>(piece) * every];
     auto own = std::make_unique<Counts>();
     for (const std::unique_ptr<KltCoder>& coder : coders) {
-      std::vector<std::vector<float>> first;
+      std::vector<kernels::SparseRows> first;
       KltCoder::Code code;
-      const KltCoder::Watch watch = [&](size_t cut, const KltCoder::Code& of) {
-        for (size_t i = 0; i < of.levels[cut].size(); ++i) {
-          const KltPlace place = of.places[cut][i];
-          if (place.table < 0) continue;
+      const KltCoder::Watch watch = [&](size_t cut, const KltCoder::Code& code_so_far) {
+        const KltCoder::Code::OfCut& of = code_so_far.cuts[cut];
+        for (size_t i = 0; i < of.levels.size(); ++i) {
+          const KltPlace place = of.places.At(i);
           const auto table = static_cast<size_t>(place.table);
-          const int32_t level = of.levels[cut][i];
+          const int32_t level = of.levels[i];
           ++own->levels[table][levels.SymbolOf(level, place)];
           if (place.low_bits > 0) continue;
           Counts::Mean& mean = own->means[table][std::min<size_t>(Folded(level), kKltMeans - 1)];
@@ -331,7 +352,7 @@ std::unique_ptr<KltFit::Counts> KltFit::CountOnce(std::span<const std::vector<si
       };
       for (size_t group = 0; group < coder->groups(); ++group) {
         Code(*coder, block, group, first, &watch, &code);
-        first.push_back(std::move(code.first));
+        first.push_back(code.first);
       }
     }
     const std::lock_guard<std::mutex> lock(mutex);
@@ -365,9 +386,11 @@ void KltFit::Count(std::span<const std::vector<size_t>> cuts, size_t first_table
       tables.push_back(kernels::RansTable::FromCounts(levels));
       for (size_t m = 0; m < kKltMeans; ++m) {
         const Counts::Mean& mean = sums->means[table][m];
+        const bool nothing = m == 0 && !KltTableRefines(table);
         counted.mean[table][m] =
-            mean.count < kFewest ? 0.0F
-                                 : static_cast<float>(mean.total / static_cast<double>(mean.count));
+            nothing || mean.count < kFewest
+                ? 0.0F
+                : static_cast<float>(mean.total / static_cast<double>(mean.count));
       }
     }
     counted.tables = std::move(tables);

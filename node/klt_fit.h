@@ -42,7 +42,7 @@ class KltFit {
     int position = 0;
     std::vector<std::vector<uint16_t>> normalized;  // [transform], KltCoder::Normalized in bf16
     std::vector<std::vector<uint16_t>> rows;        // [layer][kBlockTokens][width], bf16
-    std::vector<std::vector<float>> first;          // [group], as KltCoder::Code
+    std::vector<kernels::SparseRows> first;         // [group], as KltCoder::Code
   };
   // Sums over tokens, of a predictor's inputs z (the last one 1) and rows x.
   struct Moments {
@@ -57,11 +57,12 @@ class KltFit {
 
   // Those below are of a coder's transform.
   static std::vector<float> RowsOf(const KltCoder& coder, const Block& block, size_t group);
-  std::vector<float> InputsOf(const KltCoder& coder, const Block& block, size_t group,
-                              std::span<const std::vector<float>> first) const;
+  std::vector<float> NormalizedOf(const KltCoder& coder, const Block& block) const;
+  // What predicts a group, [kBlockTokens][KltBasis::inputs].
+  std::vector<float> InputsOf(const KltCoder& coder, const Block& block, size_t group) const;
   // A group as CodeGroup codes it.
   void Code(const KltCoder& coder, const Block& block, size_t group,
-            std::span<const std::vector<float>> first, const KltCoder::Watch* watch,
+            std::span<const kernels::SparseRows> first, const KltCoder::Watch* watch,
             KltCoder::Code* code) const;
   Moments MomentsOf(const KltCoder& coder, size_t group) const;
   // Sets everything of a basis but what sinks need.

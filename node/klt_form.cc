@@ -27,7 +27,8 @@ class KltForm final : public StoredForm {
         model_(*model),
         attended_(attended),
         pack_(std::move(pack)),
-        coder_(model, pack_.get(), std::move(cuts)) {
+        coder_(model, pack_.get(), std::move(cuts)),
+        kept_(pack_->transforms[0], kKltKeptBytes) {
     if (exact) exact_ = std::make_unique<const KltExact>();
   }
 
@@ -41,10 +42,10 @@ class KltForm final : public StoredForm {
                   block.values[l].data(), row.data());
     }
     KltCoder::Extents extents;
-    const std::vector<float> embeddings = coder_.Embeddings(block.tokens);
-    coder_.Encode(embeddings, block.position, rows, &extents);
+    const KltSide side = KltSide::OfTokens(&coder_, block.tokens, &kept_);
+    coder_.Encode(side, block.position, rows, &extents);
     if (exact_ != nullptr) extents.emplace_back(coder_.groups());
-    KltReader reader(&coder_, embeddings, block.position);
+    KltReader reader(&coder_, side, block.position);
     for (size_t group = 0; group < coder_.groups(); ++group) {
       std::vector<std::span<const std::byte>> of_group;
       for (size_t cut = 0; cut < coder_.cuts(); ++cut) of_group.emplace_back(extents[cut][group]);
@@ -81,7 +82,8 @@ class KltForm final : public StoredForm {
     Reader(const KltForm& form, const BlockToRead& block)
         : form_(form),
           block_(block),
-          reader_(&form.coder_, form.coder_.Embeddings(block.tokens), block.position),
+          reader_(&form.coder_, KltSide::OfTokens(&form.coder_, block.tokens, &form.kept_),
+                  block.position),
           arrived_(form.coder_.groups()),
           read_(form.coder_.groups()) {}
 
@@ -240,6 +242,7 @@ class KltForm final : public StoredForm {
   AttendedPayload attended_;
   std::shared_ptr<const KltPack> pack_;
   KltCoder coder_;
+  mutable KltPredictions kept_;
   std::unique_ptr<const KltExact> exact_;  // nullptr: there is no exact cut
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "base/bytes.h"
@@ -61,6 +62,30 @@ KltPlace RefinedPlace(int refinement, bool significant, int quarters) {
   return {static_cast<int16_t>(first + place), 0};
 }
 
+bool KltTableRefines(size_t table) {
+  return table >= kKltFirstTables && (table - kKltFirstTables) / kKltRatios % 2 == 1;
+}
+
+void KltPlaces::Clear() {
+  end.clear();
+  coefficient.clear();
+  table.clear();
+  low_bits.clear();
+}
+
+void KltPlaces::Add(size_t of_coefficient, KltPlace place) {
+  if (place.table < 0) return;
+  coefficient.push_back(static_cast<uint16_t>(of_coefficient));
+  table.push_back(static_cast<uint8_t>(place.table));
+  low_bits.push_back(static_cast<uint8_t>(place.low_bits));
+}
+
+void KltPlaces::AddFirst(std::span<const uint8_t> tables) {
+  table.insert(table.end(), tables.begin(), tables.end());
+  low_bits.resize(table.size());
+  for (size_t c = 0; c < tables.size(); ++c) coefficient.push_back(static_cast<uint16_t>(c));
+}
+
 std::byte ByteOf(KltToken token) {
   return static_cast<std::byte>((token.finer - kKltLeastFiner) << 4 |
                                 (token.louder - kKltLeastLouder));
@@ -104,6 +129,20 @@ KltLevels::KltLevels(const KltStatistics& statistics) : mean_(statistics.mean) {
     KV_CHECK(coded[kEscape]);  // any level can be coded
     bits[kEscape] += kEscapeBits;
   }
+  for (size_t table = 0; table < kKltTables; ++table) {
+    auto& parted = parted_.emplace_back();
+    for (int32_t i = 0; i < kParted; ++i) {
+      // (x - a)^2 + worth of a's bits = (x - b)^2 + worth of b's: linear in x.
+      const KltPlace place{static_cast<int16_t>(table), 0};
+      const int32_t level = kFirstParted + i;
+      const double below = static_cast<double>(Value(level, place));
+      const double above = static_cast<double>(Value(level + 1, place));
+      const double dearer =
+          kBitsWorth * (static_cast<double>(Bits(level + 1, place)) - Bits(level, place));
+      parted[static_cast<size_t>(i)] =
+          static_cast<float>((below + above) / 2 + dearer / (2 * (above - below)));
+    }
+  }
   encode_tables_.Assign(statistics.tables);
   decode_tables_.Assign(statistics.tables);
 }
@@ -125,73 +164,85 @@ float KltLevels::Value(int32_t level, KltPlace place) const {
                             : of_level + mean_[static_cast<size_t>(place.table)][MeanIndex(level)];
 }
 
+bool KltLevels::LowerCostsLess(float x, int32_t below, KltPlace place) const {
+  const auto cost = [&](int32_t level) {
+    const float error = x - Value(level, place);
+    return error * error + kBitsWorth * Bits(level, place);
+  };
+  return cost(below) < cost(below + 1);
+}
+
 int32_t KltLevels::Round(float x, KltPlace place) const {
   constexpr auto kMost = static_cast<float>(kKltLargestLevel - 1);
   // What is no number, of a state that overflowed, goes somewhere as well.
   const float clamped = x > -kMost ? std::min(x, kMost) : -kMost;
+  if (parted_.empty() || place.low_bits > 0)
+    return static_cast<int32_t>(std::floor(clamped + 0.5F));
   const auto below = static_cast<int32_t>(std::floor(clamped));
-  if (bits_.empty() || place.low_bits > 0) return static_cast<int32_t>(std::floor(clamped + 0.5F));
-  const auto cost = [&](int32_t level) {
-    const float error = clamped - Value(level, place);
-    return error * error + kBitsWorth * Bits(level, place);
-  };
-  return cost(below) < cost(below + 1) ? below : below + 1;
+  const int32_t at = below - kFirstParted;
+  const bool lower =
+      at >= 0 && at < kParted
+          ? clamped < parted_[static_cast<size_t>(place.table)][static_cast<size_t>(at)]
+          : LowerCostsLess(clamped, below, place);
+  return lower ? below : below + 1;
 }
 
-void KltLevels::Write(std::span<const int32_t> levels, std::span<const KltPlace> places,
+void KltLevels::Write(std::span<const int32_t> levels, const KltPlaces& places,
                       std::vector<std::byte>* out) const {
-  std::vector<uint8_t> symbols;
-  std::vector<uint8_t> tables;
-  symbols.reserve(levels.size());
-  tables.reserve(levels.size());
+  KV_CHECK(levels.size() == places.coded());
+  std::vector<uint8_t> symbols(levels.size());
   BitWriter low;
   for (size_t i = 0; i < levels.size(); ++i) {
-    const KltPlace place = places[i];
-    if (place.table < 0) continue;
+    const KltPlace place = places.At(i);
     const uint32_t folded = Folded(levels[i]);
-    symbols.push_back(SymbolOf(levels[i], place));
-    tables.push_back(static_cast<uint8_t>(place.table));
-    if (symbols.back() == kEscape) low.Put(folded >> place.low_bits, kEscapeBits);
+    symbols[i] = SymbolOf(levels[i], place);
+    if (symbols[i] == kEscape) low.Put(folded >> place.low_bits, kEscapeBits);
     if (place.low_bits > 0) low.Put(folded & ((1U << place.low_bits) - 1), place.low_bits);
   }
   // [bytes of the symbols][symbols][low bits]
   const size_t begin = out->size();
   out->resize(begin + sizeof(uint32_t));
-  kernels::RansEncode(kernels::ActiveImplementation(), encode_tables_, tables.data(), symbols, out);
+  kernels::RansEncode(kernels::ActiveImplementation(), encode_tables_, places.table.data(), symbols,
+                      out);
   StoreLittle(out->data() + begin, static_cast<uint32_t>(out->size() - begin - sizeof(uint32_t)));
   const std::vector<std::byte> rest = low.Take();
   out->insert(out->end(), rest.begin(), rest.end());
 }
 
-Status KltLevels::Read(std::span<const std::byte> in, std::span<const KltPlace> places,
-                       std::span<int32_t> levels) const {
+Status KltLevels::Read(std::span<const std::byte> in, const KltPlaces& places,
+                       std::vector<int32_t>* levels) const {
   if (in.size() < sizeof(uint32_t)) return Malformed("an extent is too short");
   const auto stream_bytes = LoadLittle<uint32_t>(in.data());
   in = in.subspan(sizeof(uint32_t));
   if (stream_bytes > in.size()) return Malformed("its symbols are longer than an extent");
-  std::vector<uint8_t> tables;
-  tables.reserve(places.size());
-  for (const KltPlace place : places) {
-    if (place.table >= 0) tables.push_back(static_cast<uint8_t>(place.table));
-  }
-  std::vector<uint8_t> symbols(tables.size());
+  const size_t coded = places.coded();
+  std::vector<uint8_t> symbols(coded);
   KV_RETURN_IF_ERROR(kernels::RansDecode(kernels::ActiveImplementation(), decode_tables_,
-                                         tables.data(), in.first(stream_bytes), symbols));
+                                         places.table.data(), in.first(stream_bytes), symbols));
   BitReader low(in.subspan(stream_bytes));
-  const uint8_t* next = symbols.data();
-  for (size_t i = 0; i < places.size(); ++i) {
-    const KltPlace place = places[i];
-    levels[i] = 0;
-    if (place.table < 0) continue;
+  levels->assign(coded, 0);
+  for (size_t i = 0; i < coded; ++i) {
+    // Most are 0 and have no low bits: eight of them at once.
+    if (i + sizeof(uint64_t) <= coded) {
+      uint64_t any = 0;
+      uint64_t bits = 0;
+      std::memcpy(&any, symbols.data() + i, sizeof(any));
+      std::memcpy(&bits, places.low_bits.data() + i, sizeof(bits));
+      if ((any | bits) == 0) {
+        i += sizeof(uint64_t) - 1;
+        continue;
+      }
+    }
+    const int bits = places.low_bits[i];
     // An escaped number and its low bits take 42.
-    uint64_t folded = *next++;
+    uint64_t folded = symbols[i];
     if (folded == kEscape) folded = low.Take(kEscapeBits);
-    if (place.low_bits > 0) folded = folded << place.low_bits | low.Take(place.low_bits);
+    if (bits > 0) folded = folded << bits | low.Take(bits);
     if (low.overrun()) return Malformed("low bits end too early");
     if (folded > 2U * static_cast<uint32_t>(kKltLargestLevel)) {
       return Malformed("a level is too large");
     }
-    levels[i] = Unfolded(static_cast<uint32_t>(folded));
+    (*levels)[i] = Unfolded(static_cast<uint32_t>(folded));
   }
   if (!low.AtEnd()) return Malformed("bytes are left over");
   return OkStatus();

@@ -1,5 +1,5 @@
 // Levels of conditional transform coding: what coefficients are rounded to, and those as bytes
-// (docs/klt.md, "Levels"). Integers alone decide how bytes are read.
+// (docs/klt.md, "Bytes of an extent"). Integers alone decide how bytes are read.
 #pragma once
 
 #include <array>
@@ -45,6 +45,24 @@ KltPlace FirstPlace(int quarters);
 // In refinement 1.. of it. significant: a level of an earlier cut was not 0.
 KltPlace RefinedPlace(int refinement, bool significant, int quarters);
 
+// Coefficients of a block that one cut codes, in the order of their coding: by token, then
+// coefficient. Value.
+struct KltPlaces {
+  std::vector<size_t> end;            // [tokens]: behind those of each
+  std::vector<uint16_t> coefficient;  // [coded]
+  std::vector<uint8_t> table;         // [coded], of KltPlace
+  std::vector<uint8_t> low_bits;      // [coded], of KltPlace
+
+  size_t coded() const { return table.size(); }
+  KltPlace At(size_t i) const { return {table[i], low_bits[i]}; }
+  void Clear();
+  // To the token under work; a place without a table is left out.
+  void Add(size_t of_coefficient, KltPlace place);
+  // The token's first coefficients, of these tables, without low bits.
+  void AddFirst(std::span<const uint8_t> tables);
+  void EndToken() { end.push_back(coded()); }
+};
+
 // How a token of a group differs from most: its step is finer by half octaves, because more
 // depends on it, and its coefficients are larger by quarters of an octave. A byte says both.
 struct KltToken {
@@ -72,8 +90,12 @@ int32_t Unfolded(uint32_t folded);
 struct KltStatistics {
   std::vector<kernels::RansTable> tables;  // [kKltTables]
   // [table][folded level]: how far the mean of what was rounded to a level lies above it, in steps.
+  // Of level 0 only where an earlier cut found something (KltTableRefines): else it stands for
+  // nothing, so that what a block does not say takes no time.
   std::array<std::array<float, kKltMeans>, kKltTables> mean{};
 };
+// Whether a table is of coefficients of which a level of an earlier cut was not 0.
+bool KltTableRefines(size_t table);
 
 // Immutable after its making, Thread-safe.
 class KltLevels {
@@ -81,27 +103,34 @@ class KltLevels {
   // No tables: levels are rounded to the nearest, and can't be coded yet (under calibration).
   explicit KltLevels(const KltStatistics& statistics);
 
-  // The level of x (in steps) that costs least, error and bits together.
+  // The level of x (in steps) that costs least, error and bits together, of the two around it.
   int32_t Round(float x, KltPlace place) const;
   // What a level stands for, in steps.
   float Value(int32_t level, KltPlace place) const;
   // The symbol that a level has.
   uint8_t SymbolOf(int32_t level, KltPlace place) const;
 
-  // Appends levels to `out`; those whose place has no table are left out.
-  void Write(std::span<const int32_t> levels, std::span<const KltPlace> places,
+  // Appends levels [places.coded()] to `out`.
+  void Write(std::span<const int32_t> levels, const KltPlaces& places,
              std::vector<std::byte>* out) const;
   // Reads what Write made of as many levels at these places, and that takes all of `in`.
   // kDataLoss: it is something else; `levels` are undefined then.
-  Status Read(std::span<const std::byte> in, std::span<const KltPlace> places,
-              std::span<int32_t> levels) const;
+  Status Read(std::span<const std::byte> in, const KltPlaces& places,
+              std::vector<int32_t>* levels) const;
 
  private:
+  // Levels between which rounding is a comparison: below the one level, or else the next.
+  static constexpr int32_t kFirstParted = -32;
+  static constexpr int32_t kParted = 64;
+
   float Bits(int32_t level, KltPlace place) const;
+  bool LowerCostsLess(float x, int32_t below, KltPlace place) const;
 
   std::array<std::array<float, kKltMeans>, kKltTables> mean_;
   std::vector<std::array<float, kKltSymbols>> bits_;  // [table][symbol]; escapes with what follows
   std::vector<std::array<bool, kKltSymbols>> coded_;  // whether the symbol has a frequency
+  // [table][level - kFirstParted]: where the level below begins to cost more than the next one.
+  std::vector<std::array<float, kParted>> parted_;
   kernels::RansEncodeTables encode_tables_;
   kernels::RansDecodeTables decode_tables_;
 };

@@ -25,7 +25,7 @@ namespace {
 
 using nlohmann::json;
 
-constexpr std::string_view kFormat = "kvant-klt-3";
+constexpr std::string_view kFormat = "kvant-klt-4";
 constexpr size_t kMaxCutsOfPack = 16;
 constexpr size_t kMaxTransforms = 8;
 
@@ -390,6 +390,12 @@ Result<KltPack> ParseKltPack(std::span<const std::byte> file, const std::string&
   for (size_t table = 0; table < kKltTables; ++table) {
     std::copy_n(mean.begin() + static_cast<ptrdiff_t>(table * kKltMeans), kKltMeans,
                 pack.statistics.mean[table].begin());
+    if (pack.statistics.mean[table][0] != 0 && !KltTableRefines(table)) {
+      return InvalidArgument(
+          "{}: tensor mean of table {} has a level 0 that stands for something, which only tables "
+          "of what an earlier cut found may have",
+          name, table);
+    }
   }
   KV_ASSIGN_OR_RETURN(const std::vector<float> frequencies,
                       reader.Floats("frequencies", {kKltTables, kKltSymbols}));

@@ -70,10 +70,11 @@ class KltStateCoder final : public StateCoder {
         const KltCoder::Rows& of_block = rows[static_cast<size_t>(at / kBlockTokens)];
         const std::vector<float> entering = Entering(exact, coder, static_cast<size_t>(at));
         KltCoder::Extents extents;
-        coder.Encode(entering, position, of_block, &extents);
+        const KltSide side = KltSide::OfEntering(&coder, entering);
+        coder.Encode(side, position, of_block, &extents);
         // What is measured is what a reader gets out of the bytes, or computes.
         KltCoder::Rows made = of_block;
-        KltReader reader(&coder, entering, position);
+        KltReader reader(&coder, side, position);
         for (size_t group = 0; group < coder.groups(); ++group) {
           std::vector<std::span<const std::byte>> read;
           for (size_t cut = 0; cut < readings_[wire].cuts; ++cut) {

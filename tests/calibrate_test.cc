@@ -35,9 +35,9 @@ void ExpectAllCutsCode(const Model& model, const KltPack& pack) {
   const auto error_at = [&](const std::vector<size_t>& cuts) {
     const KltCoder coder(&model, &pack, cuts);
     KltCoder::Extents extents;
-    const std::vector<float> embeddings = coder.Embeddings(block.tokens);
-    coder.Encode(embeddings, kBlockTokens, block.rows, &extents);
-    KltReader reader(&coder, embeddings, kBlockTokens);
+    const KltSide side = KltSide::OfTokens(&coder, block.tokens, nullptr);
+    coder.Encode(side, kBlockTokens, block.rows, &extents);
+    KltReader reader(&coder, side, kBlockTokens);
     KltCoder::Rows rows;
     double error = 0;
     for (size_t group = 0; group < coder.groups(); ++group) {

@@ -39,7 +39,7 @@ class Pack:
         self.header = json.loads(data[8:8 + size])
         self.data = data[8 + size:]
         metadata = self.header["__metadata__"]
-        assert metadata["format"] == "kvant-klt-3"
+        assert metadata["format"] == "kvant-klt-4"
         self.cuts = [fp32(step) for _, step, _ in json.loads(metadata["cuts"])]
         self.sink_step, = self.tensor("sink_step")
         mean, frequencies = self.tensor("mean"), self.tensor("frequencies")

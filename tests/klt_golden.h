@@ -136,24 +136,31 @@ inline KltGolden ParseKltGolden(std::string_view in, size_t groups) {
   return file;
 }
 
-// The digest of each cut's levels of a block.
+// The digest of each cut's levels of a block, 0 where none is coded.
 inline std::vector<Digest> KltLevelDigests(const KltCoder& coder, std::span<const int32_t> tokens,
                                            int position, const KltCoder::Rows& rows) {
-  const std::vector<float> normalized =
-      KltCoder::Normalized(coder.Embeddings(tokens), coder.pack().hidden);
-  std::vector<std::vector<float>> first;
+  const KltSide side = KltSide::OfTokens(&coder, tokens, nullptr);
+  std::vector<kernels::SparseRows> first;
   std::vector<std::vector<int32_t>> levels(coder.cuts());
   KltCoder::Code code;
   for (size_t group = 0; group < coder.groups(); ++group) {
     std::vector<float> left = coder.Gathered(group, rows);
     const std::vector<int8_t> finer = coder.Finer(group, left);
-    const std::vector<float> predicted =
-        coder.Predict(group, coder.Inputs(group, normalized, first), position);
+    const std::vector<float> predicted = coder.Predict(group, side, first, position);
     for (size_t i = 0; i < left.size(); ++i) left[i] -= predicted[i];
     coder.CodeGroup(group, position, left, finer, &code, nullptr);
     first.push_back(code.first);
-    for (size_t cut = 0; cut < coder.cuts(); ++cut)
-      levels[cut].insert(levels[cut].end(), code.levels[cut].begin(), code.levels[cut].end());
+    for (size_t cut = 0; cut < coder.cuts(); ++cut) {
+      const KltCoder::Code::OfCut& of = code.cuts[cut];
+      const size_t count = code.values.coefficients();
+      std::vector<int32_t> all(kBlockTokens * count);
+      size_t i = 0;
+      for (size_t token = 0; token < kBlockTokens; ++token) {
+        for (; i < of.places.end[token]; ++i)
+          all[token * count + of.places.coefficient[i]] = of.levels[i];
+      }
+      levels[cut].insert(levels[cut].end(), all.begin(), all.end());
+    }
   }
   std::vector<Digest> digests;
   for (const std::vector<int32_t>& of_cut : levels)
@@ -164,7 +171,7 @@ inline std::vector<Digest> KltLevelDigests(const KltCoder& coder, std::span<cons
 // Reads all groups at the first `cuts` cuts.
 inline Status ReadKlt(const KltCoder& coder, std::span<const int32_t> tokens, int position,
                       const KltCoder::Extents& extents, size_t cuts, KltCoder::Rows* rows) {
-  KltReader reader(&coder, coder.Embeddings(tokens), position);
+  KltReader reader(&coder, KltSide::OfTokens(&coder, tokens, nullptr), position);
   for (size_t group = 0; group < coder.groups(); ++group) {
     std::vector<std::span<const std::byte>> of_group;
     for (size_t cut = 0; cut < cuts; ++cut) of_group.emplace_back(extents[cut][group]);

@@ -70,7 +70,8 @@ TEST(KltGoldenTest, EveryFileReadsAndWritesToTheBit) {
       }
       // The packs' weights are 1: no sum's order shows in what an encoder makes of a block.
       KltCoder::Extents extents;
-      coder.Encode(coder.Embeddings(file.tokens), file.position, file.x, &extents);
+      coder.Encode(KltSide::OfTokens(&coder, file.tokens, nullptr), file.position, file.x,
+                   &extents);
       EXPECT_EQ(extents, file.extents);
       EXPECT_EQ(KltLevelDigests(coder, file.tokens, file.position, file.x), file.levels);
     }

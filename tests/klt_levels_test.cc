@@ -19,6 +19,14 @@ using testing::HasSubstr;
 constexpr float kMaxFloat = std::numeric_limits<float>::max();
 constexpr float kMinFloat = std::numeric_limits<float>::denorm_min();
 
+// Of one token.
+KltPlaces Coded(const std::vector<KltPlace>& places) {
+  KltPlaces coded;
+  for (size_t c = 0; c < places.size(); ++c) coded.Add(c, places[c]);
+  coded.EndToken();
+  return coded;
+}
+
 class KltLevelsTest : public testing::Test {
  protected:
   KltLevelsTest() {
@@ -32,6 +40,7 @@ class KltLevelsTest : public testing::Test {
       statistics_.tables.push_back(kernels::RansTable::FromCounts(counts));
       for (float& mean : statistics_.mean[table])
         mean = static_cast<float>(0.2 * (random_.Unit() - 0.5));
+      if (!KltTableRefines(table)) statistics_.mean[table][0] = 0;
     }
   }
   KltPlace RandomPlace() {
@@ -101,13 +110,12 @@ TEST_F(KltLevelsTest, PlacesOfExtremesExist) {
         EXPECT_GE(place.low_bits, 0);
         EXPECT_LE(place.low_bits, kKltMostLowBits);
       }
-      std::vector<int32_t> written(places.size());
-      for (size_t i = 0; i < places.size(); ++i)
-        written[i] = places[i].table < 0 ? 0 : kKltLargestLevel;
+      const KltPlaces coded = Coded(places);
+      const std::vector<int32_t> written(coded.coded(), kKltLargestLevel);
       std::vector<std::byte> bytes;
-      levels.Write(written, places, &bytes);
-      std::vector<int32_t> read(places.size(), -1);
-      ASSERT_TRUE(levels.Read(bytes, places, read).ok());
+      levels.Write(written, coded, &bytes);
+      std::vector<int32_t> read;
+      ASSERT_TRUE(levels.Read(bytes, coded, &read).ok());
       EXPECT_EQ(read, written);
     }
   }
@@ -127,16 +135,16 @@ TEST_F(KltLevelsTest, FoldingIsUndone) {
 TEST_F(KltLevelsTest, ReadsWhatItWrote) {
   const KltLevels levels(statistics_);
   for (const size_t count : {0U, 1U, 5U, 1000U}) {
-    std::vector<int32_t> written;
-    std::vector<KltPlace> places;
-    for (size_t i = 0; i < count; ++i) {
-      places.push_back(RandomPlace());
-      written.push_back(places.back().table < 0 ? 0 : RandomLevel());
-    }
+    std::vector<KltPlace> all;
+    for (size_t i = 0; i < count; ++i) all.push_back(RandomPlace());
+    const KltPlaces places = Coded(all);
+    // Most are 0, often many in a row.
+    std::vector<int32_t> written(places.coded());
+    for (int32_t& level : written) level = random_.Chance(0.1) ? RandomLevel() : 0;
     std::vector<std::byte> bytes(3);  // Write appends
     levels.Write(written, places, &bytes);
-    std::vector<int32_t> read(count, -1);
-    const Status status = levels.Read(std::span(bytes).subspan(3), places, read);
+    std::vector<int32_t> read(7, -1);
+    const Status status = levels.Read(std::span(bytes).subspan(3), places, &read);
     ASSERT_TRUE(status.ok()) << status.ToString();
     EXPECT_EQ(read, written);
   }
@@ -196,11 +204,15 @@ class KltEscapes : public KltLevelsTest {
   Status ReadEscaped(KltPlace place, uint64_t low, int bits, int32_t* level) {
     const KltLevels levels(statistics_);
     std::vector<std::byte> bytes;
-    levels.Write(std::vector<int32_t>{kKltLargestLevel}, std::vector<KltPlace>{place}, &bytes);
+    const KltPlaces places = Coded({place});
+    levels.Write(std::vector<int32_t>{kKltLargestLevel}, places, &bytes);
     EXPECT_EQ(levels.SymbolOf(kKltLargestLevel, place), kKltSymbols - 1);
     bytes.resize(sizeof(uint32_t) + LoadLittle<uint32_t>(bytes.data()));
     for (int bit = 0; bit < bits; bit += 8) bytes.push_back(static_cast<std::byte>(low >> bit));
-    return levels.Read(bytes, std::vector<KltPlace>{place}, std::span(level, 1));
+    std::vector<int32_t> read;
+    KV_RETURN_IF_ERROR(levels.Read(bytes, places, &read));
+    *level = read.front();
+    return OkStatus();
   }
 };
 
@@ -228,10 +240,11 @@ TEST_F(KltEscapes, BytesThatLackOrAreLeftOverAreRefused) {
   EXPECT_THAT(ReadEscaped({0, 0}, 5, 32, &level).message(), HasSubstr("left over"));
   const KltLevels levels(statistics_);
   std::vector<std::byte> bytes(3);
-  EXPECT_THAT(levels.Read(bytes, {}, {}).message(), HasSubstr("too short"));
+  std::vector<int32_t> read;
+  EXPECT_THAT(levels.Read(bytes, {}, &read).message(), HasSubstr("too short"));
   bytes.resize(sizeof(uint32_t));
   StoreLittle(bytes.data(), uint32_t{1});
-  EXPECT_THAT(levels.Read(bytes, {}, {}).message(), HasSubstr("longer than an extent"));
+  EXPECT_THAT(levels.Read(bytes, {}, &read).message(), HasSubstr("longer than an extent"));
 }
 
 }  // namespace

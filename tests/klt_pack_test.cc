@@ -197,10 +197,10 @@ TEST_F(KltPackTest, IsReadAsItWasWritten) {
     const support::KltBlock block = support::RandomKltBlock(*model, 3, &random_);
     KltCoder::Extents extents;
     const KltCoder before(model.get(), &made, made.refining);
-    before.Encode(before.Embeddings(block.tokens), 64, block.rows, &extents);
+    before.Encode(KltSide::OfTokens(&before, block.tokens, nullptr), 64, block.rows, &extents);
     const KltCoder after(model.get(), &*loaded, loaded->refining);
     KltCoder::Extents again;
-    after.Encode(after.Embeddings(block.tokens), 64, block.rows, &again);
+    after.Encode(KltSide::OfTokens(&after, block.tokens, nullptr), 64, block.rows, &again);
     EXPECT_EQ(again, extents);
   }
 }

@@ -70,7 +70,7 @@ std::string NameOf(const testing::TestParamInfo<const char*>& of) { return of.pa
 
 KltCoder::Extents Encode(const KltCoder& coder, const KltBlock& block, int position) {
   KltCoder::Extents extents;
-  coder.Encode(coder.Embeddings(block.tokens), position, block.rows, &extents);
+  coder.Encode(KltSide::OfTokens(&coder, block.tokens, nullptr), position, block.rows, &extents);
   return extents;
 }
 
@@ -85,7 +85,7 @@ Status ReadGroup(KltReader* reader, const KltCoder::Extents& extents, size_t gro
 // All groups, at the first `cuts` cuts.
 Status Read(const KltCoder& coder, const KltBlock& block, int position,
             const KltCoder::Extents& extents, size_t cuts, KltCoder::Rows* rows) {
-  KltReader reader(&coder, coder.Embeddings(block.tokens), position);
+  KltReader reader(&coder, KltSide::OfTokens(&coder, block.tokens, nullptr), position);
   for (size_t group = 0; group < coder.groups(); ++group)
     KV_RETURN_IF_ERROR(ReadGroup(&reader, extents, group, cuts, rows));
   return OkStatus();
@@ -98,21 +98,19 @@ struct Seen {
   std::vector<std::vector<float>> values;  // after each cut, as Code's
 };
 std::vector<Seen> Look(const KltCoder& coder, const KltBlock& block, int position) {
-  const std::vector<float> normalized =
-      KltCoder::Normalized(coder.Embeddings(block.tokens), coder.pack().hidden);
-  std::vector<std::vector<float>> first;
+  const KltSide side = KltSide::OfTokens(&coder, block.tokens, nullptr);
+  std::vector<kernels::SparseRows> first;
   std::vector<Seen> seen(coder.groups());
   for (size_t group = 0; group < coder.groups(); ++group) {
     Seen& of = seen[group];
-    of.predicted = coder.Predict(group, coder.Inputs(group, normalized, first), position);
+    of.predicted = coder.Predict(group, side, first, position);
     std::vector<float> left = coder.Gathered(group, block.rows);
     const std::vector<int8_t> finer = coder.Finer(group, left);
     for (size_t i = 0; i < left.size(); ++i) left[i] -= of.predicted[i];
-    const KltCoder::Watch watch = [&](size_t cut, const KltCoder::Code& code) {
-      if (cut > 0) of.values.push_back(code.values);
+    const KltCoder::Watch watch = [&](size_t, const KltCoder::Code& code) {
+      of.values.push_back(code.values.Dense());
     };
     coder.CodeGroup(group, position, left, finer, &of.code, &watch);
-    of.values.push_back(of.code.values);
     first.push_back(of.code.first);
   }
   return seen;
@@ -335,7 +333,7 @@ TEST_P(Klt, GroupsMayBeReadAtCutsOfTheirOwn) {
   std::vector<KltCoder::Rows> at(kRefining.size() + 1);
   for (size_t cuts = 1; cuts <= kRefining.size(); ++cuts)
     ASSERT_TRUE(Read(coder, block_, 0, extents, cuts, &at[cuts]).ok());
-  KltReader reader(&coder, coder.Embeddings(block_.tokens), 0);
+  KltReader reader(&coder, KltSide::OfTokens(&coder, block_.tokens, nullptr), 0);
   KltCoder::Rows rows;
   for (size_t group = 0; group < coder.groups(); ++group) {
     const size_t cuts = 1 + (group + 1) % kRefining.size();
@@ -352,7 +350,7 @@ TEST_P(Klt, GlobalGroupsAreReadWithoutSlidingOnes) {
   const KltCoder::Extents extents = Encode(coder, block_, kBlockTokens);
   KltCoder::Rows all;
   ASSERT_TRUE(Read(coder, block_, kBlockTokens, extents, 2, &all).ok());
-  KltReader reader(&coder, coder.Embeddings(block_.tokens), kBlockTokens);
+  KltReader reader(&coder, KltSide::OfTokens(&coder, block_.tokens, nullptr), kBlockTokens);
   KltCoder::Rows rows;
   for (size_t group = 0; group < coder.groups(); ++group) {
     if (!pack_.transforms[0].groups[group].global) continue;
@@ -445,8 +443,8 @@ TEST_P(Klt, LargeLevelsEscapeAndTheLargestAreClamped) {
     const std::vector<Seen> seen = Look(coder, block, 0);
     int32_t largest = 0;
     for (const Seen& of : seen) {
-      for (const auto& levels : of.code.levels) {
-        for (const int32_t level : levels) largest = std::max(largest, std::abs(level));
+      for (const KltCoder::Code::OfCut& cut : of.code.cuts) {
+        for (const int32_t level : cut.levels) largest = std::max(largest, std::abs(level));
       }
     }
     if (deviation > 1e5) {
@@ -583,13 +581,14 @@ TEST_P(Klt, LayersMayBeRecomputed) {
     ASSERT_EQ(coder.transform().recomputed, transform.recomputed);
     std::vector<float> entering = coder.Embeddings(block_.tokens);
     for (float& x : entering) x += static_cast<float>(random_.Normal());
+    const KltSide side = KltSide::OfEntering(&coder, entering);
     for (const int position : kPositions) {
       KltCoder::Extents extents;
-      coder.Encode(entering, position, block_.rows, &extents);
+      coder.Encode(side, position, block_.rows, &extents);
       ASSERT_EQ(extents[0].size(), transform.groups.size());
       std::vector<double> errors;
       for (size_t cuts = 1; cuts <= kRefining.size(); ++cuts) {
-        KltReader reader(&coder, entering, position);
+        KltReader reader(&coder, side, position);
         KltCoder::Rows rows(static_cast<size_t>(pack_.layers));
         for (int layer = 0; layer < transform.first_layer(); ++layer)
           rows[static_cast<size_t>(layer)] = {7};
@@ -609,10 +608,11 @@ TEST_P(Klt, LayersMayBeRecomputed) {
       EXPECT_GT(errors[0], errors[1]);
       EXPECT_GT(errors[1], errors[2]);
       // Another prediction reads other rows.
-      KltReader other(&coder, coder.Embeddings(block_.tokens), position);
+      KltReader other(&coder, KltSide::OfEntering(&coder, coder.Embeddings(block_.tokens)),
+                      position);
       KltCoder::Rows rows(static_cast<size_t>(pack_.layers));
       ASSERT_TRUE(ReadGroup(&other, extents, 0, 1, &rows).ok());
-      KltReader reader(&coder, entering, position);
+      KltReader reader(&coder, side, position);
       KltCoder::Rows right(static_cast<size_t>(pack_.layers));
       ASSERT_TRUE(ReadGroup(&reader, extents, 0, 1, &right).ok());
       EXPECT_NE(rows, right);

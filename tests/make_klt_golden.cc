@@ -42,7 +42,8 @@ KltGolden Make(const Model& model, const KltPack& pack, const std::vector<size_t
   for (const size_t cut : cuts) file.cuts.push_back(static_cast<uint8_t>(cut));
   file.tokens = block.tokens;
   file.embedding = coder.Embeddings(block.tokens);
-  coder.Encode(file.embedding, position, block.rows, &file.extents);
+  coder.Encode(KltSide::OfTokens(&coder, block.tokens, nullptr), position, block.rows,
+               &file.extents);
   file.x = block.rows;
   file.levels = KltLevelDigests(coder, block.tokens, position, block.rows);
   for (size_t count = 1; count <= cuts.size(); ++count) {

@@ -170,6 +170,66 @@ TEST(OrderedGemmTest, TheLastOutputsMayBeLeftOut) {
   }
 }
 
+// Rows of which a share of the inputs is not 0, some of them none at all.
+struct SparseCase {
+  OrderedCase dense;
+  SparseRows x;
+};
+SparseCase MakeSparseCase(int rows, int inputs, int outputs, bool bf16, int exponent, double share,
+                          Random* random) {
+  SparseCase made{MakeOrderedCase(rows, inputs, outputs, bf16, exponent, random), {}};
+  for (int r = 0; r < rows; ++r) {
+    for (int k = 0; k < inputs; ++k) {
+      float& x = made.dense.x[static_cast<size_t>(r * inputs + k)];
+      if (r % 5 == 3 || !random->Chance(share)) x = 0;
+      if (x != 0) made.x.Add(static_cast<size_t>(k), x);
+    }
+    made.x.EndRow();
+  }
+  return made;
+}
+
+TEST(OrderedGemmTest, ZerosMayBeLeftOut) {
+  Random random(48);
+  for (const int outputs : {1, 31, 32, 33, 64, 96, 100, 128, 160, 257}) {
+    for (const int inputs : {1, 40, 700}) {
+      for (const bool bf16 : {false, true}) {
+        for (const int exponent : {0, -140, 100}) {
+          SparseCase made = MakeSparseCase(11, inputs, outputs, bf16, exponent, 0.2, &random);
+          // Of what begins at -0, dense rows make 0.
+          for (float& held : made.dense.held) held = held == 0 ? 1 : held;
+          const OrderedWeights weights(made.dense.weights.data(), outputs, inputs);
+          const std::vector<float> expected = DefinedProduct(made.dense, OrderedStart::kHeld);
+          for (const Implementation* implementation : All()) {
+            std::vector<float> out = made.dense.held;
+            implementation->ordered_add_sparse(weights, made.x, out.data());
+            EXPECT_TRUE(SameBits(out, expected))
+                << implementation->name << ": " << inputs << " -> " << outputs;
+          }
+          std::vector<float> out = made.dense.held;
+          OrderedMultiplyAdd(weights, made.x, out.data());
+          EXPECT_TRUE(SameBits(out, expected));
+        }
+      }
+    }
+  }
+}
+
+TEST(OrderedGemmTest, WhatIsLeftOutLeavesSumsAsTheyAre) {
+  const float weight[] = {1, 1};
+  const OrderedWeights weights(weight, 1, 2);
+  SparseRows x;
+  x.EndRow();
+  for (const Implementation* implementation : All()) {
+    std::vector<float> out = {-0.0F};
+    implementation->ordered_add_sparse(weights, x, out.data());
+    EXPECT_TRUE(SameBits(out, {-0.0F})) << implementation->name;
+  }
+  x.Clear();
+  EXPECT_EQ(x.rows(), 0U);
+  EXPECT_EQ(x.terms(), 0U);
+}
+
 TEST(OrderedGemmTest, TheActiveOneIsUsedOnAnyThread) {
   Random random(45);
   const OrderedCase made = MakeOrderedCase(20, 530, 90, true, 0, &random);

@@ -70,7 +70,7 @@ void ReadBlock(const World& world, FuzzInput* input) {
       of_group.emplace_back(bytes.begin(), bytes.end());
     }
   }
-  KltReader reader(&coder, coder.Embeddings(world.block.tokens), position);
+  KltReader reader(&coder, KltSide::OfTokens(&coder, world.block.tokens, nullptr), position);
   KltCoder::Rows rows;
   for (size_t group = 0; group < coder.groups(); ++group) {
     const std::vector<std::span<const std::byte>> all(extents[group].begin(), extents[group].end());
@@ -102,7 +102,8 @@ void CodeWithPack(const World& world, std::span<const std::byte> file) {
   for (const std::vector<size_t>& cuts : chains) {
     const KltCoder coder(world.model.get(), &*pack, cuts);
     KltCoder::Extents extents;
-    coder.Encode(coder.Embeddings(world.block.tokens), 0, world.block.rows, &extents);
+    coder.Encode(KltSide::OfTokens(&coder, world.block.tokens, nullptr), 0, world.block.rows,
+                 &extents);
     KltCoder::Rows rows;
     KV_CHECK(ReadKlt(coder, world.block.tokens, 0, extents, cuts.size(), &rows).ok());
   }
@@ -166,7 +167,8 @@ std::vector<Bytes> SeedInputs() {
     for (const size_t choice : {size_t{2}, world.coders.size() - 1}) {
       const KltCoder& coder = *world.coders[choice];
       KltCoder::Extents extents;
-      coder.Encode(coder.Embeddings(world.block.tokens), 0, world.block.rows, &extents);
+      coder.Encode(KltSide::OfTokens(&coder, world.block.tokens, nullptr), 0, world.block.rows,
+                   &extents);
       Bytes seed = {std::byte{kind}, static_cast<std::byte>(choice), std::byte{0}};
       for (size_t group = 0; group < coder.groups(); ++group) {
         for (const auto& of_cut : extents) {

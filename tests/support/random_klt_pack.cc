@@ -151,6 +151,7 @@ node::KltPack RandomKltPack(const node::Model& model, Random* random,
     pack.statistics.tables.push_back(kernels::RansTable::FromCounts(counts));
     for (float& mean : pack.statistics.mean[table])
       mean = static_cast<float>(0.1 * (random->Unit() - 0.5));
+    if (!node::KltTableRefines(table)) pack.statistics.mean[table][0] = 0;
   }
   return pack;
 }

@@ -1,0 +1,77 @@
+// What the cuts of a block say of its coefficients, most of which are 0.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace kvant::node {
+
+// Coefficients of a block's tokens. A coefficient is here from its first level on that is not 0.
+// Single-owner.
+class KltValues {
+ public:
+  void Reset(size_t tokens, size_t coefficients) {
+    tokens_ = tokens;
+    coefficients_ = coefficients;
+    words_ = (coefficients + kWord - 1) / kWord;
+    here_.assign(tokens * words_, 0);
+    below_.assign(tokens * words_, 0);
+    values_.resize(tokens * coefficients);  // those that are not here are not read
+  }
+  size_t tokens() const { return tokens_; }
+  size_t coefficients() const { return coefficients_; }
+
+  bool Here(size_t token, size_t c) const { return (WordOf(here_, token, c) & BitOf(c)) != 0; }
+  // Whether its first level was below 0. REQUIRES: it is here.
+  bool Below(size_t token, size_t c) const { return (WordOf(below_, token, c) & BitOf(c)) != 0; }
+  float At(size_t token, size_t c) const {
+    return Here(token, c) ? values_[token * coefficients_ + c] : 0.0F;
+  }
+  // REQUIRES: it is not here.
+  void Begin(size_t token, size_t c, float value, bool below) {
+    here_[token * words_ + c / kWord] |= BitOf(c);
+    if (below) below_[token * words_ + c / kWord] |= BitOf(c);
+    values_[token * coefficients_ + c] = value;
+  }
+  // REQUIRES: it is here.
+  void Add(size_t token, size_t c, float value) { values_[token * coefficients_ + c] += value; }
+
+  // Calls of(c, value) for a token's coefficients that are here, from `first` on, ascending.
+  template <typename Of>
+  void ForEach(size_t token, size_t first, Of of) const {
+    for (size_t word = first / kWord; word < words_; ++word) {
+      uint64_t bits = here_[token * words_ + word];
+      if (word == first / kWord) bits &= ~uint64_t{0} << (first % kWord);
+      for (; bits != 0; bits &= bits - 1) {
+        const size_t c = word * kWord + static_cast<size_t>(std::countr_zero(bits));
+        of(c, values_[token * coefficients_ + c]);
+      }
+    }
+  }
+  // All of them, [tokens][coefficients].
+  std::vector<float> Dense() const {
+    std::vector<float> dense(tokens_ * coefficients_);
+    for (size_t token = 0; token < tokens_; ++token) {
+      ForEach(token, 0, [&](size_t c, float value) { dense[token * coefficients_ + c] = value; });
+    }
+    return dense;
+  }
+
+ private:
+  static constexpr size_t kWord = 64;
+  static uint64_t BitOf(size_t c) { return uint64_t{1} << (c % kWord); }
+  uint64_t WordOf(const std::vector<uint64_t>& of, size_t token, size_t c) const {
+    return of[token * words_ + c / kWord];
+  }
+
+  size_t tokens_ = 0;
+  size_t coefficients_ = 0;
+  size_t words_ = 0;
+  std::vector<uint64_t> here_;   // [tokens][words_], a bit for each coefficient
+  std::vector<uint64_t> below_;  // likewise
+  std::vector<float> values_;    // [tokens][coefficients]
+};
+
+}  // namespace kvant::node
