@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "base/check.h"
 #include "node/decoder.h"
 
 namespace kvant::node {
@@ -18,8 +19,10 @@ std::vector<bool> GlobalLayers(const ModelConfig& config) {
 }  // namespace
 
 Portion Portion::Meet(const Portion& other) const {
-  return {{std::min(cuts.keys, other.cuts.keys), std::min(cuts.values, other.cuts.values)},
-          std::min(scope, other.scope)};
+  KV_DCHECK(cuts.way == other.cuts.way);
+  return {
+      {std::min(cuts.keys, other.cuts.keys), std::min(cuts.values, other.cuts.values), cuts.way},
+      std::min(scope, other.scope)};
 }
 
 Part PartOf(SegmentKind kind) {

@@ -20,7 +20,12 @@ namespace kvant::node {
 struct Cuts {
   int keys = 0;
   int values = 0;  // or latents
-  bool Covers(const Cuts& other) const { return keys >= other.keys && values >= other.values; }
+  // Which of a form's ways to be read (StoredForm::ways) they are cuts of. Other ways read other
+  // rows: of what one way has, another has nothing.
+  int way = 0;
+  bool Covers(const Cuts& other) const {
+    return way == other.way && keys >= other.keys && values >= other.values;
+  }
   int Of(kernels::SegmentKind kind) const {
     return kind == kernels::SegmentKind::kKey ? keys : values;
   }
@@ -40,7 +45,7 @@ struct Portion {
   bool Covers(const Portion& other) const {
     return cuts.Covers(other.cuts) && scope >= other.scope;
   }
-  // What both have.
+  // What both have. REQUIRES: of one way.
   Portion Meet(const Portion& other) const;
   friend bool operator==(const Portion&, const Portion&) = default;
 };

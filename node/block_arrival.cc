@@ -47,6 +47,7 @@ Status BlockArrival::Accept(const std::shared_ptr<const BlockManifest>& manifest
   read.portion = block_->portion;
   read.payload = block_->bytes;
   read.stored = form_->whole_at_any_cut() ? &block_->stored : &arrived_;
+  if (block_->needs_entering) read.entering = &block_->entering;
   reader_ = form_->MakeReader(read);
 
   std::vector<bool> here(form_->global_layers().size(), false);

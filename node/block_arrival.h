@@ -39,8 +39,12 @@ class BlockArrival {
                    uint64_t* bytes);
 
   // Manifest layers that became whole since this was asked last. They are to be decoded in this
-  // order, one at a time.
-  std::vector<uint16_t> TakeWhole() { return std::exchange(whole_, {}); }
+  // order, one at a time. None as long as the block awaits what enters them.
+  std::vector<uint16_t> TakeWhole() {
+    if (block_->awaits_entering()) return {};
+    return std::exchange(whole_, {});
+  }
+  bool has_whole() const { return !whole_.empty(); }
   // Whether decoding takes so long that a thread which has else to do should leave it to others.
   // REQUIRES: Accept was ok.
   bool decodes_long() const { return form_->whole_at_any_cut(); }

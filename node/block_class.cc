@@ -102,9 +102,15 @@ BlockClass::BlockClass(const Model* model, const kernels::Codec* codec,
     }
   }
   if (form->whole_at_any_cut()) {
-    for (size_t cut = form->cut_names().size(); cut-- > 0;) {
-      const int cuts = static_cast<int>(cut) + 1;
-      choices_.push_back({form->cut_names()[cut], {cuts, cuts}, form->cut_errors()[cut]});
+    for (size_t w = 0; w < form->ways().size(); ++w) {
+      const StoredWay& way = form->ways()[w];
+      for (size_t cut = way.cut_names.size(); cut-- > 0;) {
+        const int count = static_cast<int>(cut) + 1;
+        const bool all = cut + 1 == way.cut_names.size();
+        const Cuts cuts = all ? way.full : Cuts{count, count, static_cast<int>(w)};
+        choices_.push_back({way.cut_names[cut] + way.suffix, cuts, way.cut_errors[cut]});
+      }
+      if (w == 0) own_choices_ = choices_.size();
     }
   } else {
     for (const Wire wire : {Wire::kFull, Wire::kK8V4, Wire::kK4V4}) {
@@ -115,7 +121,8 @@ BlockClass::BlockClass(const Model* model, const kernels::Codec* codec,
           {std::string(WireName(wire)), cuts, exact ? std::optional(0.0F) : std::nullopt});
     }
   }
-  KV_CHECK(!choices_.empty() && choices_.size() <= kMaxCuts);
+  if (own_choices_ == 0) own_choices_ = choices_.size();
+  KV_CHECK(own_choices_ != 0 && choices_.size() <= kMaxChoices);
 }
 
 size_t BlockClass::ChoiceOf(const Cuts& cuts) const {
@@ -168,16 +175,20 @@ std::vector<Selection> BlockClass::Missing(const Portion* held, const Portion& w
     selection.SetLayers(layers);
     missing.push_back(std::move(selection));
   };
-  const std::vector<bool>& global_layers = form().global_layers();
-  const Cuts have = held != nullptr ? held->cuts : Cuts();
-  const bool all = wanted.scope == Scope::kAll;
-  if (held != nullptr && all && held->scope == Scope::kGlobal) {
-    add(global_layers, have);
-    std::vector<bool> sliding = global_layers;
-    sliding.flip();
-    add(sliding, Cuts());
+  if (held != nullptr && held->cuts.way != wanted.cuts.way) held = nullptr;
+  Cuts none;
+  none.way = wanted.cuts.way;
+  const Cuts have = held != nullptr ? held->cuts : none;
+  const std::vector<bool> layers = form().LayersOf(wanted);
+  if (held != nullptr && wanted.scope == Scope::kAll && held->scope == Scope::kGlobal) {
+    const std::vector<bool> global = form().LayersOf({wanted.cuts, Scope::kGlobal});
+    std::vector<bool> sliding = layers;
+    for (size_t layer = 0; layer < layers.size(); ++layer)
+      sliding[layer] = layers[layer] && !global[layer];
+    add(global, have);
+    add(sliding, none);
   } else {
-    add(all ? std::vector<bool>(global_layers.size(), true) : global_layers, have);
+    add(layers, have);
   }
   return missing;
 }
@@ -203,7 +214,7 @@ Result<const StoredForm*> BlockClass::FormOf(const BlockManifest& manifest) cons
 }
 
 bool BlockClass::MayBe(const LookupBlock& found) const {
-  if (found.state != LookupState::kPresent || found.cuts != form().PartCuts(FullCuts())) {
+  if (found.state != LookupState::kPresent || found.cuts != form().AllPartCuts()) {
     return false;
   }
   return std::any_of(forms_.begin(), forms_.end(), [&](const StoredFormPtr& form) {
@@ -234,17 +245,26 @@ uint64_t BlockClass::MostBytes(const Selection& selection, const CutEnds& ends) 
 
 uint64_t BlockClass::LikelyBytes(const Selection& selection, const CutEnds& ends) const {
   if (ends.back() == 0) return MostBytes(selection, ends);
-  // Rows are taken to shrink alike.
-  std::array<uint64_t, kMaxCuts> taken{};
-  std::array<uint64_t, kMaxCuts> all{};
+  // Of rows whose length is not certain, all are taken to be off by the same factor.
+  struct Sums {
+    uint64_t certain = 0;
+    uint64_t likely = 0;
+  };
+  std::array<Sums, kMaxCuts> taken{};
+  std::array<Sums, kMaxCuts> all{};
   for (const StoredRow& row : form().rows()) {
-    all[row.cut] += row.max_bytes;
-    if (selection.Takes(row.part, row.cut, row.layer)) taken[row.cut] += row.max_bytes;
+    const bool certain = row.min_bytes == row.max_bytes;
+    const uint64_t likely = row.likely_bytes != 0 ? row.likely_bytes : row.max_bytes;
+    const auto add = [&](Sums* to) { (certain ? to->certain : to->likely) += likely; };
+    add(&all[row.cut]);
+    if (selection.Takes(row.part, row.cut, row.layer)) add(&taken[row.cut]);
   }
   uint64_t bytes = 0;
-  for (size_t cut = 0; cut < kMaxCuts && all[cut] != 0; ++cut) {
+  for (size_t cut = 0; cut < kMaxCuts; ++cut) {
     const uint64_t stored = ends[cut] - (cut == 0 ? 0 : ends[cut - 1]);
-    bytes += stored * taken[cut] / all[cut];
+    const uint64_t others = stored - std::min(stored, all[cut].certain);
+    bytes += taken[cut].certain;
+    if (all[cut].likely != 0) bytes += others * taken[cut].likely / all[cut].likely;
   }
   return bytes;
 }
@@ -273,7 +293,21 @@ std::vector<BlockKey> BlockClass::Keys(std::span<const int32_t> tokens,
   return KeyChain(options).Keys(ids);
 }
 
+size_t BlockClass::DecodedLayers(const Portion& portion) const {
+  const StoredWay& way = form().WayOf(portion.cuts);
+  if (!way.takes_long) return 0;
+  const int recomputed = way.recomputed;
+  size_t layers = 0;
+  for (int layer = recomputed > 0 ? recomputed + 1 : 0; layer < layout().layers(); ++layer)
+    layers += layout(portion.scope).Holds(layer) ? 1 : 0;
+  return layers;
+}
+
 double BlockClass::PrefillWork(int position, int tokens) const {
+  return PrefillWork(position, tokens, model_->config().layers);
+}
+
+double BlockClass::PrefillWork(int position, int tokens, int layers) const {
   const ModelConfig& config = model_->config();
   const kernels::LayerShape state = config.StateShape(1);
   // Multiplications of a token, and of a token with one that it attends.
@@ -283,6 +317,7 @@ double BlockClass::PrefillWork(int position, int tokens) const {
        state.keys.kv_heads * state.keys.head_dim + state.values.kv_heads * state.values.head_dim);
   const double attended =
       static_cast<double>(config.q_heads) * (kernels::KeyDim(state) + state.values.head_dim);
+  double all_products = 0;
   double products = 0;
   double past = 0;
   for (int layer = 0; layer < config.layers; ++layer) {
@@ -291,10 +326,12 @@ double BlockClass::PrefillWork(int position, int tokens) const {
                              ? static_cast<double>(experts.intermediate) *
                                    (experts.experts_per_token + experts.shared_experts)
                              : config.intermediate;
+    all_products += attention + 3.0 * config.hidden * width;
+    if (layer >= layers) continue;
     products += attention + 3.0 * config.hidden * width;
     past += attended * (position - config.FirstVisible(layer, position));
   }
-  return kBlockTokens + tokens * past / products;
+  return (kBlockTokens * products + tokens * past) / all_products;
 }
 
 Status BlockClass::CheckManifest(const BlockKey& key, const BlockManifest& manifest) const {

@@ -1,6 +1,7 @@
 // The class of a node's blocks: everything that their bytes are a function of besides their tokens.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -28,9 +29,12 @@ enum class Wire : uint8_t { kFull, kK8V4, kK4V4, kAuto, kCut1, kCut2, kCut3, kCu
 Result<Wire> ParseWire(std::string_view name);
 std::string_view WireName(Wire wire);
 
+// At most so many cuts in each of so many ways.
+inline constexpr size_t kMaxChoices = kMaxWays * kMaxCuts;
+
 // One of the ways to read a class's blocks.
 struct ReadChoice {
-  std::string name;  // of the wire, or of the form's cut
+  std::string name;  // of the wire, or of the form's cut and way
   Cuts cuts;
   // Mean KL (nats a token) that reading so was measured to cost, against raw; 0 of raw itself.
   // Nothing: nobody says.
@@ -100,15 +104,18 @@ class BlockClass {
   Cuts FullCuts() const { return form().full_cuts(); }
   // REQUIRES: wire != kAuto.
   Cuts CutsOf(Wire wire) const;
-  // What `auto` chooses among: each of the cuts that wires name once, all of them first, then ever
-  // fewer. 1..kMaxCuts of them.
+  // What is read may be chosen among: each of the cuts that wires name once, all of them first,
+  // then ever fewer; then those of the form's other ways, likewise. 1..kMaxChoices of them.
   std::span<const ReadChoice> choices() const { return choices_; }
+  // Those of the first way.
+  std::span<const ReadChoice> own_choices() const { return choices().first(own_choices_); }
   // Index of the choice that reads these cuts. REQUIRES: CutsOf gave them.
   size_t ChoiceOf(const Cuts& cuts) const;
-  // How many cuts are decoded of what is read, less one. Forms that are not whole at any cut
-  // decode all they read alike: 0.
+  // What takes long to decode takes alike: kMaxCuts times the way, and how many cuts are decoded
+  // of what is read, less one. Forms that are not whole at any cut decode all they read alike: 0.
   size_t DecodeDepth(const Cuts& cuts) const {
-    return form().whole_at_any_cut() ? static_cast<size_t>(cuts.values) - 1 : 0;
+    const size_t depth = static_cast<size_t>(std::max(cuts.keys, cuts.values)) - 1;
+    return form().whole_at_any_cut() ? static_cast<size_t>(cuts.way) * kMaxCuts + depth : 0;
   }
   // What is read of block `block` of a sequence where `read` is read of the others. The first one
   // is read in full: in it are the attention sinks, tokens that all others attend strongly (Xiao et
@@ -121,10 +128,13 @@ class BlockClass {
   double TokensOfLayers(size_t layers) const {
     return static_cast<double>(layers) * layout().shape().keys.tokens / layout().layers();
   }
+  // Layers of the model that are decoded of what is read: those in scope that are not recomputed.
+  size_t DecodedLayers(const Portion& portion) const;
   // What computing 1..kBlockTokens tokens behind `position` others amounts to, in tokens that
   // attend nothing before their block. The products of fewer tokens than a block's have as many
-  // rows.
+  // rows. layers: of the first so many alone.
   double PrefillWork(int position, int tokens) const;
+  double PrefillWork(int position, int tokens, int layers) const;
   // Bytes of one token's state in bf16, all layers: what is moved where nothing is compressed.
   uint64_t Bf16BytesPerToken() const;
 
@@ -146,6 +156,7 @@ class BlockClass {
   std::vector<StoredFormPtr> forms_;     // that are read; the first is written
   std::vector<StoredRow> longest_rows_;  // of all of them
   std::vector<ReadChoice> choices_;
+  size_t own_choices_ = 0;
   std::vector<std::byte> cluster_secret_;
 };
 

@@ -35,7 +35,9 @@ Status BlockPast::Layer(int block, int layer, kernels::LayerTile* out) {
   const CachedBlock& cached = *blocks_[static_cast<size_t>(block)];
   const kernels::PayloadLayout& layout = block_class_.layout(cached.portion.scope);
   const Cuts read = block_class_.ReadCuts(static_cast<size_t>(block), read_);
-  KV_CHECK(cached.portion.cuts.Covers(read) && layout.Holds(layer));
+  // Of a form that is whole at any cut, a block that serves is read as it is.
+  const bool whole = block_class_.form().whole_at_any_cut();
+  KV_CHECK((whole || cached.portion.cuts.Covers(read)) && layout.Holds(layer));
   KV_RETURN_IF_ERROR(AwaitLayer(cached, layer));
   *out = FillTile(layout, layer, block_class_.Attended(read).cuts, cached.bytes);
   return OkStatus();

@@ -48,6 +48,16 @@ class ComputedBlock {
     block_class_.EncodeLayer(layer, keys, values, block_->bytes.data(), errors_.data());
     block_->MarkReady(layer);
   }
+  // What enters a layer, [kBlockTokens][hidden]; before Layer of that.
+  void Entering(int layer, const float* x) {
+    const std::span<const StoredWay> ways = block_class_.form().ways();
+    entering_.resize(ways.size());
+    const auto hidden = static_cast<ptrdiff_t>(block_class_.model().config().hidden);
+    for (size_t way = 0; way < ways.size(); ++way) {
+      if (is_stored_ && layer > 0 && ways[way].recomputed == layer)
+        entering_[way].assign(x, x + kBlockTokens * hidden);
+    }
+  }
 
   // After the last layer.
   void Finish(BlockToStore whole) {
@@ -56,6 +66,7 @@ class ComputedBlock {
     whole.max_errors = errors_;
     whole.keys = exact_keys_;
     whole.values = exact_values_;
+    whole.entering = entering_;
     form.Encode(whole, block_->bytes, &stored_);
     if (!form.whole_at_any_cut()) {
       block_->manifest = std::make_shared<const BlockManifest>(std::move(stored_.manifest));
@@ -82,6 +93,7 @@ class ComputedBlock {
   std::vector<float> errors_;
   std::vector<std::vector<float>> exact_keys_;    // [layers], of a form that is whole at any cut
   std::vector<std::vector<float>> exact_values_;  // [layers]
+  std::vector<std::vector<float>> entering_;      // [way]
 };
 
 }  // namespace
@@ -130,9 +142,9 @@ bool BlockSupply::TakeIfHere(SupplyJob* job, size_t block) {
 
 bool BlockSupply::Serves(const SupplyJob& job, const Portion& held, const Portion& need) const {
   if (block_class_->Serves(held, need)) return true;
-  const bool any_will_do = job.need.wire == Wire::kAuto && held.Covers(need);
-  return any_will_do &&
-         planner_->MayRead(block_class_->choices()[block_class_->ChoiceOf(held.cuts)]);
+  if (job.need.wire != Wire::kAuto) return false;
+  const bool enough = held.cuts.way == need.cuts.way ? held.Covers(need) : held.scope >= need.scope;
+  return enough && planner_->MayRead(block_class_->choices()[block_class_->ChoiceOf(held.cuts)]);
 }
 
 CachedBlockPtr BlockSupply::Serving(const SupplyJob& job, size_t block, const CachedBlockPtr& held,
@@ -324,12 +336,18 @@ void BlockSupply::AddWork(const SupplyJob& job, size_t block, const CachedBlock*
   if (ends.back() == 0) ends = last_ends_;
   work->bytes += StoredBytes(held != nullptr ? held->manifest.get() : nullptr, ends,
                              held != nullptr ? &held->portion : nullptr, need);
-  const bool all = need.scope == Scope::kAll;
-  const std::vector<bool>& global = block_class_->form().global_layers();
-  work->pieces +=
-      all ? global.size() : static_cast<size_t>(std::count(global.begin(), global.end(), true));
-  work->decode_tokens[block_class_->DecodeDepth(need.cuts)] += block_class_->TokensOfLayers(
-      static_cast<size_t>(block_class_->layout(need.scope).held_layers()));
+  const std::vector<bool> layers = block_class_->form().LayersOf(need);
+  work->pieces += static_cast<size_t>(std::count(layers.begin(), layers.end(), true));
+  work->decode_tokens[block_class_->DecodeDepth(need.cuts)] +=
+      block_class_->TokensOfLayers(block_class_->DecodedLayers(need));
+  // First layers are computed from the sequence's beginning on.
+  const int recomputed = block_class_->form().WayOf(need.cuts).recomputed;
+  if (recomputed == 0) return;
+  double recompute = 0;
+  for (size_t i = 0; i <= block; ++i)
+    recompute +=
+        block_class_->PrefillWork(static_cast<int>(i) * kBlockTokens, kBlockTokens, recomputed);
+  work->recompute_work = std::max(work->recompute_work, recompute);
 }
 
 FetchWork BlockSupply::WorkOf(const SupplyJob& job, std::span<const size_t> blocks,
@@ -438,8 +456,36 @@ bool BlockSupply::StartFetch(const SupplyJobPtr& job, std::span<const size_t> in
     job->blocks[indices[k]] = blocks[k].block;
     job->place[indices[k]] = Place::kHere;
     cache_->Insert(blocks[k].block);
+    WantFirstLayers(job.get(), indices[k]);
   }
   return true;
+}
+
+void BlockSupply::WantFirstLayers(SupplyJob* job, size_t block) {
+  const CachedBlockPtr& fetched = job->blocks[block];
+  if (!fetched->needs_entering) return;
+  const int recomputed = block_class_->form().WayOf(fetched->portion.cuts).recomputed;
+  // The read cuts of a job are chosen once.
+  if (job->first_layers == nullptr) {
+    const size_t tokens = job->keys.size() * kBlockTokens;
+    job->first_layers = std::make_unique<FirstLayers>(block_class_, recomputed,
+                                                      std::span(job->need.tokens).first(tokens));
+  }
+  KV_CHECK(job->first_layers->recomputed() == recomputed);
+  job->first_layers->Want(block, fetched);
+  tier_->EnteringKnown();
+}
+
+Status BlockSupply::ComputeFirstLayers(SupplyJob* job) {
+  FirstLayers& first = *job->first_layers;
+  const int position = static_cast<int>(first.computed()) * kBlockTokens;
+  const TimePoint started = clock_->Now();
+  KV_ASSIGN_OR_RETURN(const bool gave, first.Next(decoder_, [this] { tier_->Poll(); }));
+  if (gave) tier_->EnteringKnown();
+  planner_->SawPrefill(block_class_->PrefillWork(position, kBlockTokens, first.recomputed()),
+                       clock_->Now() - started);
+  ++stats_.first_layers_blocks;
+  return OkStatus();
 }
 
 void BlockSupply::CountSliding(const CachedBlock& block, const CutEnds& ends) {
@@ -486,6 +532,7 @@ BlockSupply::Progress BlockSupply::Advance(const SupplyJobPtr& job) {
   DropFailed(job.get());
   RaiseNeeds(job.get());
   if (tier_ != nullptr) StartFetches(job);
+  if (job->first_layers != nullptr && job->first_layers->pending()) return Progress::kCompute;
 
   for (size_t i = 0; i < job->place.size(); ++i) {
     if (job->place[i] == Place::kCompute) {
@@ -496,8 +543,11 @@ BlockSupply::Progress BlockSupply::Advance(const SupplyJobPtr& job) {
       }
     }
     if (job->place[i] != Place::kHere) return Progress::kWaiting;
-    // What is to be computed behind it needs it complete.
-    if (i < job->full_before && !job->blocks[i]->complete()) return Progress::kWaiting;
+    // What is to be computed behind it needs it complete; and another sequence that computes its
+    // first layers must have its turns.
+    const CachedBlock& block = *job->blocks[i];
+    if (i < job->full_before && !block.complete()) return Progress::kWaiting;
+    if (block.awaits_entering()) return Progress::kWaiting;
   }
   if (block_class_->form().whole_at_any_cut()) {
     // Nothing is computed over them any more: what was read in full for that is read as asked.
@@ -566,6 +616,8 @@ void BlockSupply::PublishFromMemory(const SupplyJobPtr& job, size_t block) {
 }
 
 Status BlockSupply::ComputeNext(const SupplyJobPtr& job) {
+  if (job->first_layers != nullptr && job->first_layers->pending())
+    return ComputeFirstLayers(job.get());
   const size_t index = static_cast<size_t>(
       std::find(job->place.begin(), job->place.end(), Place::kCompute) - job->place.begin());
   KV_CHECK(index < job->place.size());
@@ -595,6 +647,8 @@ Status BlockSupply::ComputeNext(const SupplyJobPtr& job) {
   prefill.tokens = TokensOf(*job, index);
   prefill.position = static_cast<int>(index) * kBlockTokens;
   prefill.past = &past;
+  const EnteringSink entering = [&](int layer, const float* x) { made.Entering(layer, x); };
+  if (block_class_->form().ways().size() > 1) prefill.entering = &entering;
   const Status status = decoder_->Prefill(prefill, sink, nullptr);
   if (!status.ok()) {
     if (put != 0) tier_->CancelPut(put);

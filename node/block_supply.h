@@ -15,6 +15,7 @@
 #include "node/block_class.h"
 #include "node/block_past.h"
 #include "node/decoder.h"
+#include "node/first_layers.h"
 #include "node/local_cache.h"
 #include "node/planner.h"
 #include "node/tier_link.h"
@@ -76,6 +77,8 @@ struct SupplyJob {
   size_t tier_hits = 0;   // those of them that were to be fetched
   size_t recomputed = 0;  // blocks that were to be had elsewhere, but failed
   std::vector<LookupBlock> found;
+  // Of fetched blocks whose first layers are recomputed; nullptr: there are none.
+  std::unique_ptr<FirstLayers> first_layers;
 
   // What of a block is needed where `read` is enough for who only reads.
   Portion NeedOf(size_t block, const BlockClass& block_class, const Cuts& read) const {
@@ -89,7 +92,8 @@ struct SupplyStats {
   uint64_t local_hit_blocks = 0;
   uint64_t tier_hit_blocks = 0;
   uint64_t computed_blocks = 0;
-  uint64_t asked_blocks = 0;  // of prefill peers
+  uint64_t first_layers_blocks = 0;  // of which only the first layers were computed
+  uint64_t asked_blocks = 0;         // of prefill peers
   // Of sliding layers: stored bytes of fetched blocks that were left in the tier, since no token
   // would attend them, and what of them was fetched later, for a shorter prefix.
   uint64_t sliding_bytes_skipped = 0;
@@ -119,7 +123,7 @@ class BlockSupply {
   };
   // Does all that needs no computing. Call it again after a failure: what failed is recomputed.
   Progress Advance(const SupplyJobPtr& job);
-  // Computes one block. REQUIRES: Advance said kCompute just now.
+  // Computes one block, or the first layers of one. REQUIRES: Advance said kCompute just now.
   Status ComputeNext(const SupplyJobPtr& job);
 
   const SupplyStats& stats() const { return stats_; }
@@ -180,6 +184,9 @@ class BlockSupply {
   // Puts a block of which all is there.
   void PutWhole(const SupplyJobPtr& job, size_t block, const BlockManifest& manifest,
                 std::span<const std::byte> stored);
+  // Has a fetched block's first layers computed, if its way is for readers who do that.
+  void WantFirstLayers(SupplyJob* job, size_t block);
+  Status ComputeFirstLayers(SupplyJob* job);
   static BlockToStore ToStore(const SupplyJob& job, size_t block);
 
   const BlockClass* block_class_;

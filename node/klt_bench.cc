@@ -191,7 +191,7 @@ Result<int> BenchKlt(const KltBenchOptions& options) {
     for (size_t i = 0; i < forms.size(); ++i) {
       StoredFormPtr form = MakeLosslessForm(attended);
       if (i + 1 < forms.size()) {
-        KV_ASSIGN_OR_RETURN(form, MakeKltForm(model.get(), pack, forms[i], attended));
+        KV_ASSIGN_OR_RETURN(form, MakeKltForm(model.get(), pack, forms[i], {}, attended));
       }
       KV_RETURN_IF_ERROR(MeasureForm(*form, attended, computed.blocks, &rows[coders.size() + i]));
     }

@@ -12,12 +12,14 @@ CachedBlock::CachedBlock(const BlockClass& block_class, const BlockKey& block_ke
       portion(block_portion),
       bytes(block_class.BytesOf(block_portion)),
       ready(static_cast<size_t>(block_class.layout().layers()), 0),
-      layers_missing(block_class.layout(block_portion.scope).held_layers()) {}
+      layers_missing(block_class.layout(block_portion.scope).held_layers()),
+      needs_entering(block_class.form().WayOf(block_portion.cuts).recomputed > 0) {}
 
 CachedBlock::CachedBlock(const BlockClass& block_class, const CachedBlock& held,
                          const Portion& block_portion)
     : CachedBlock(block_class, held.key, block_portion) {
   KV_CHECK(held.complete());
+  if (held.portion.cuts.way != portion.cuts.way) return;
   copied = held.portion.Meet(portion);
   manifest = held.manifest;
   if (block_class.form().whole_at_any_cut()) {

@@ -29,19 +29,26 @@ struct CachedBlock {
   StoredRows stored;           // the portion's rows; of forms that are whole at any cut only
   std::vector<uint8_t> ready;  // [layers of the model]; 0 for layers out of scope
   int layers_missing = 0;      // layers in scope that are not ready
-  Status failed;               // not ok: what is missing will never come
-  bool absent = false;         // failed because the tier did not have it
-  bool computed = false;       // here, and so whole; else it comes from the tier
+  // Of a way that recomputes layers: what enters the first other one, as soon as it is known. The
+  // recomputed layers are made ready by who computes them.
+  std::vector<float> entering;
+  bool needs_entering = false;
+  Status failed;          // not ok: what is missing will never come
+  bool absent = false;    // failed because the tier did not have it
+  bool computed = false;  // here, and so whole; else it comes from the tier
   // Of the stored block: that in the tier, or what was put. nullptr: not known, or there is none.
   std::shared_ptr<const BlockManifest> manifest;
 
   CachedBlock(const BlockClass& block_class, const BlockKey& block_key,
               const Portion& block_portion);
-  // Begins with what `held` has of the portion, so that only the rest need be fetched. No layer is
+  // Begins with what `held` has of the portion, so that only the rest need be fetched; with nothing
+  // if it was read in another way. No layer is
   // ready yet: whoever fetches the rest checks that both were written as one.
   // REQUIRES: held is complete and of the same key.
   CachedBlock(const BlockClass& block_class, const CachedBlock& held, const Portion& block_portion);
   bool complete() const { return layers_missing == 0; }
+  // Whether what has arrived waits for what this node computes.
+  bool awaits_entering() const { return needs_entering && entering.empty() && failed.ok(); }
   uint64_t memory_bytes() const { return bytes.size() + stored.bytes().size(); }
   void MarkReady(int layer);
 };

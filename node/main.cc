@@ -70,6 +70,16 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
       ->capture_default_str();
   command
       ->add_option(
+          "--recompute", node->recompute,
+          "Numbers of first layers, of those that the pack was made for, comma-separated: blocks "
+          "of --store klt are also stored for readers who compute so many layers themselves "
+          "(--max-kl chooses)")
+      ->delimiter(',');
+  command->add_option("--also", node->also,
+                      "plain or lossless: blocks of --store klt also hold what is attended, for "
+                      "readers over fast links (--max-kl chooses)");
+  command
+      ->add_option(
           "--wire", node->wire,
           "What decode reads of it: full, k8v4, k4v4, auto (by the link's rate), or one of --cuts "
           "(default full)")

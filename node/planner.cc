@@ -51,7 +51,7 @@ Status Planner::CheckBudget(std::span<const ReadChoice> choices) const {
 size_t Planner::Coarsest(std::span<const ReadChoice> choices) const {
   size_t index = choices.size();
   while (index-- > 0) {
-    if (MayRead(choices[index])) break;
+    if (choices[index].cuts.way == 0 && MayRead(choices[index])) break;
   }
   KV_CHECK(index < choices.size());
   return index;
@@ -60,8 +60,9 @@ size_t Planner::Coarsest(std::span<const ReadChoice> choices) const {
 size_t Planner::Choose(std::span<const ReadChoice> choices, std::span<const FetchWork> work) const {
   const size_t coarsest = Coarsest(choices);
   size_t best = coarsest;
-  for (size_t i = coarsest; i-- > 0;) {
+  for (size_t i = choices.size(); i-- > 0;) {
     if (!MayRead(choices[i])) continue;
+    if (!options_.max_kl.has_value() && i >= coarsest) continue;
     const bool better = options_.max_kl.has_value() ? FetchTime(work[i]) <= FetchTime(work[best])
                                                     : FetchTime(work[i]) <= options_.fetch_budget;
     if (better) best = i;
@@ -70,24 +71,22 @@ size_t Planner::Choose(std::span<const ReadChoice> choices, std::span<const Fetc
 }
 
 double Planner::DecodeRate(size_t depth) const {
-  size_t nearest = depth;
-  for (size_t off = 0; off < kMaxCuts; ++off) {
-    // Of two as near, the deeper one: it is not faster.
-    if (depth + off < kMaxCuts && decodes_[depth + off] != 0) {
-      nearest = depth + off;
-      break;
-    }
-    if (depth >= off && decodes_[depth - off] != 0) {
-      nearest = depth - off;
-      break;
+  for (const size_t first : {depth / kMaxCuts * kMaxCuts, size_t{0}}) {
+    const size_t of_way = depth % kMaxCuts;
+    for (size_t off = 0; off < kMaxCuts; ++off) {
+      // Of two as near, the deeper one: it is not faster.
+      for (const size_t near : {of_way + off, of_way - off}) {
+        if (near < kMaxCuts && decodes_[first + near] != 0)
+          return rates_.decode_tokens_per_s[first + near];
+      }
     }
   }
-  return rates_.decode_tokens_per_s[nearest];
+  return rates_.decode_tokens_per_s[depth];
 }
 
 Duration Planner::FetchTime(const FetchWork& work) const {
-  double decode = 0;
-  for (size_t depth = 0; depth < kMaxCuts; ++depth) {
+  double decode = work.recompute_work / rates_.prefill_tokens_per_s;
+  for (size_t depth = 0; depth < kMaxChoices; ++depth) {
     if (work.decode_tokens[depth] > 0) decode += work.decode_tokens[depth] / DecodeRate(depth);
   }
   if (work.bytes == 0) return FromSeconds(decode);
@@ -100,7 +99,7 @@ Duration Planner::FetchTime(const FetchWork& work) const {
 double Planner::EncodeRate() const {
   const bool decoded = std::any_of(decodes_.begin(), decodes_.end(), [](auto n) { return n != 0; });
   if (encodes_ != 0 || !decoded) return rates_.encode_tokens_per_s;
-  return std::min(rates_.encode_tokens_per_s, DecodeRate(kMaxCuts - 1) / 2);
+  return std::min(rates_.encode_tokens_per_s, DecodeRate(kMaxCuts - 1) / 2);  // of the first way
 }
 
 Plan Planner::Decide(const PlanQuestion& question) {

@@ -23,15 +23,23 @@ struct MeasuredRates {
   // faster than half of decoding.
   double encode_tokens_per_s = 1e4;
   // [BlockClass::DecodeDepth] of blocks that were fetched. A depth that was never seen is taken to
-  // be as fast as the nearest one that was.
-  std::array<double, kMaxCuts> decode_tokens_per_s = {1e4, 1e4, 1e4, 1e4};
+  // be as fast as the nearest one of its way that was, or as the first way's.
+  std::array<double, kMaxChoices> decode_tokens_per_s = GuessedDecodeRates();
+
+  static constexpr std::array<double, kMaxChoices> GuessedDecodeRates() {
+    std::array<double, kMaxChoices> rates{};
+    for (double& rate : rates) rate = 1e4;
+    return rates;
+  }
 };
 
 // What a fetch moves, and what is decoded of it.
 struct FetchWork {
   uint64_t bytes = 0;  // as they are stored: what the reader wants and does not have
   // [BlockClass::DecodeDepth]; a token of which only some layers are decoded is that part of one.
-  std::array<double, kMaxCuts> decode_tokens{};
+  std::array<double, kMaxChoices> decode_tokens{};
+  // Of first layers that the reader computes itself, BlockClass::PrefillWork.
+  double recompute_work = 0;
   size_t pieces = 0;  // each of them is decoded while others travel
 };
 
@@ -56,7 +64,7 @@ struct Plan {
 struct PlannerStats {
   uint64_t fetch_plans = 0;
   uint64_t compute_plans = 0;
-  std::array<uint64_t, kMaxCuts> fetch_plans_at{};  // [choice]
+  std::array<uint64_t, kMaxChoices> fetch_plans_at{};  // [choice]
   uint64_t outcomes = 0;
   double forecast_error_sum = 0;  // of |forecast - outcome| / outcome
   double mean_forecast_error() const {
@@ -85,10 +93,12 @@ class Planner {
   // kInvalidArgument: the budget allows none of them, or not the first, which is what is computed
   // with. Says what each costs and what to do.
   Status CheckBudget(std::span<const ReadChoice> choices) const;
-  // The coarsest choice that may be read. REQUIRES: CheckBudget; so do those below.
+  // The coarsest of a form's own choices that may be read. REQUIRES: CheckBudget; so do those
+  // below.
   size_t Coarsest(std::span<const ReadChoice> choices) const;
-  // What `auto` reads: an index into choices. work: [choice] what fetching at it would take. Of
-  // equal ones the finer.
+  // What `auto` reads: an index into choices; with an error budget of all ways', else of the first
+  // way's. work: [choice] what fetching at it would take. Of equal ones the earlier, which of a way
+  // is the finer.
   size_t Choose(std::span<const ReadChoice> choices, std::span<const FetchWork> work) const;
   Plan Decide(const PlanQuestion& question);
 
@@ -109,8 +119,8 @@ class Planner {
   const PlannerStats& stats() const { return stats_; }
 
  private:
-  // What is decoded while the rest travels costs nothing more than the longer of both, but for the
-  // first piece, or the last.
+  // What is decoded or computed while the rest travels costs nothing more than the longer of both,
+  // but for the first piece, or the last.
   Duration FetchTime(const FetchWork& work) const;
   double DecodeRate(size_t depth) const;
   double LinkRate(uint64_t payload_bytes, Duration took) const;
@@ -125,7 +135,7 @@ class Planner {
   uint64_t round_trips_ = 0;
   uint64_t prefills_ = 0;
   uint64_t encodes_ = 0;
-  std::array<uint64_t, kMaxCuts> decodes_{};
+  std::array<uint64_t, kMaxChoices> decodes_{};
 };
 
 }  // namespace kvant::node

@@ -198,6 +198,7 @@ Json NodeRankReport(int rank, Role role, const std::string& host, NodeRuntime& n
             {"teacher_agreed", scheduler.teacher_agreed}}},
           {"supply",
            {{"computed_blocks", supply.computed_blocks},
+            {"first_layers_blocks", supply.first_layers_blocks},
             {"local_hit_blocks", supply.local_hit_blocks},
             {"tier_hit_blocks", supply.tier_hit_blocks},
             {"asked_blocks", supply.asked_blocks},

@@ -10,6 +10,7 @@
 
 #include "base/bytes.h"
 #include "kernels/implementation.h"
+#include "node/beside_form.h"
 #include "node/klt_form.h"
 #include "node/requests.h"
 
@@ -32,7 +33,14 @@ namespace {
 Result<StoredFormPtr> MakeForm(const NodeOptions& options, const Model& model,
                                const kernels::Codec& codec) {
   const AttendedPayload attended(codec, model.config());
-  if (options.store != "klt") return MakeStoredForm(options.store, attended);
+  if (options.store != "klt") {
+    if (!options.recompute.empty() || !options.also.empty()) {
+      return InvalidArgument(
+          "{} is for blocks of a codec pack, not for --store {}; use --store klt",
+          options.also.empty() ? "--recompute" : "--also", options.store);
+    }
+    return StoredFormPtr(MakeStoredForm(options.store, attended));
+  }
   std::filesystem::path file = options.pack;
   if (file.empty()) {
     const std::filesystem::path at = options.model;
@@ -41,13 +49,17 @@ Result<StoredFormPtr> MakeForm(const NodeOptions& options, const Model& model,
   if (options.pack.empty() && !std::filesystem::is_regular_file(file)) {
     return InvalidArgument(
         "--store klt needs the model's codec pack, and there is no {}: name it with --pack, or "
-        "make "
-        "one with kvant calibrate",
+        "make one with kvant calibrate",
         file.string());
   }
   KV_ASSIGN_OR_RETURN(KltPack pack, LoadKltPack(file, model));
-  return MakeKltForm(&model, std::make_shared<const KltPack>(std::move(pack)), options.cuts,
-                     attended);
+  KV_ASSIGN_OR_RETURN(StoredFormPtr form,
+                      MakeKltForm(&model, std::make_shared<const KltPack>(std::move(pack)),
+                                  options.cuts, options.recompute, attended));
+  if (options.also.empty()) return form;
+  if (options.also == options.store)
+    return InvalidArgument("--also {} is what --store says; use plain or lossless", options.also);
+  return MakeBesideForm(std::move(form), MakeStoredForm(options.also, attended), attended);
 }
 
 // A name that all classes have, or of a cut that the form has.
@@ -79,6 +91,7 @@ Result<std::unique_ptr<NodeRuntime>> NodeRuntime::Create(const NodeOptions& opti
   node->options_ = options;
   KV_ASSIGN_OR_RETURN(const kernels::Codec* codec, kernels::FindCodec(options.codec));
   KV_RETURN_IF_ERROR(CheckStoredForm(options.store, *codec));
+  if (!options.also.empty()) KV_RETURN_IF_ERROR(CheckStoredForm(options.also, *codec));
   KV_RETURN_IF_ERROR(CheckBudgetFlags(options));
   KV_ASSIGN_OR_RETURN(node->domains_, Domains::Parse(options.domains));
   std::string secret;

@@ -24,15 +24,40 @@ std::vector<StoredRow> RowsOf(const AttendedPayload& attended) {
   return rows;
 }
 
-class PlainForm final : public StoredForm {
+// The one way of forms whose layers are the model's.
+StoredWay WayOfLayers(const AttendedPayload& attended) {
+  StoredWay way;
+  way.layer_end = static_cast<uint16_t>(attended.global_layers().size());
+  return way;
+}
+
+class PlainForm final : public RowForm {
  public:
   explicit PlainForm(const AttendedPayload& attended)
-      : StoredForm(FactsOf(attended)), attended_(attended) {}
+      : RowForm(FactsOf(attended)), attended_(attended) {}
 
   void Encode(const BlockToStore& block, std::span<std::byte> payload,
               StoredBlock* out) const override {
     out->manifest = PlainManifest(attended_, block.key, payload, block.max_errors);
     out->bytes.clear();
+  }
+
+  void EncodeRow(size_t row, std::span<const std::byte> payload,
+                 std::vector<std::byte>* out) const override {
+    const kernels::PayloadRow& from = attended_.layout(Scope::kAll).rows()[row];
+    const auto bytes = payload.subspan(from.offset, from.length);
+    out->insert(out->end(), bytes.begin(), bytes.end());
+  }
+  Status DecodeRow(size_t row, std::span<const std::byte> stored, Scope scope,
+                   std::span<std::byte> payload) const override {
+    const kernels::PayloadRow& of = attended_.layout(Scope::kAll).rows()[row];
+    const kernels::PayloadRow& to = attended_.layout(scope).Row(of.kind, of.cut, of.layer);
+    if (stored.size() != to.length) {
+      return DataLoss("layer {} of a payload has {} bytes, not {}", of.layer, stored.size(),
+                      to.length);
+    }
+    std::copy(stored.begin(), stored.end(), payload.begin() + static_cast<ptrdiff_t>(to.offset));
+    return OkStatus();
   }
 
   std::unique_ptr<StoredReader> MakeReader(const BlockToRead& block) const override {
@@ -63,6 +88,7 @@ class PlainForm final : public StoredForm {
     facts.plain = true;
     facts.rows = RowsOf(attended);
     facts.global_layers = attended.global_layers();
+    facts.ways = {WayOfLayers(attended)};
     return facts;
   }
 
@@ -70,10 +96,10 @@ class PlainForm final : public StoredForm {
 };
 
 // The rows of `raw` (bf16), each as one lossless segment.
-class LosslessForm final : public StoredForm {
+class LosslessForm final : public RowForm {
  public:
   explicit LosslessForm(const AttendedPayload& attended)
-      : StoredForm(FactsOf(attended)), attended_(attended) {
+      : RowForm(FactsOf(attended)), attended_(attended) {
     KV_CHECK(LosslessFits(attended.codec()));
   }
 
@@ -82,54 +108,61 @@ class LosslessForm final : public StoredForm {
     const kernels::PayloadLayout& layout = attended_.layout(Scope::kAll);
     KV_CHECK(payload.size() == layout.total_bytes() &&
              block.max_errors.size() == layout.rows().size());
-    kernels::LosslessCoder coder;
     out->manifest = {};
     out->manifest.key = block.key;
     out->manifest.codec = tag();
     out->manifest.token_count = kBlockTokens;
     out->bytes.clear();
     for (size_t i = 0; i < layout.rows().size(); ++i) {
-      const kernels::PayloadRow& from = layout.rows()[i];
       const StoredRow& row = rows()[i];
       const size_t begin = out->bytes.size();
-      coder.Encode(from.kind, layout.shape().Of(from.kind),
-                   reinterpret_cast<const uint16_t*>(payload.data() + from.offset), &out->bytes);
+      EncodeRow(i, payload, &out->bytes);
       out->manifest.Append(row.part, row.cut, row.layer, row.kind,
                            std::span(out->bytes).subspan(begin), block.max_errors[i]);
     }
   }
 
+  void EncodeRow(size_t row, std::span<const std::byte> payload,
+                 std::vector<std::byte>* out) const override {
+    const kernels::PayloadLayout& layout = attended_.layout(Scope::kAll);
+    const kernels::PayloadRow& from = layout.rows()[row];
+    thread_local kernels::LosslessCoder coder;  // for its buffers
+    coder.Encode(from.kind, layout.shape().Of(from.kind),
+                 reinterpret_cast<const uint16_t*>(payload.data() + from.offset), out);
+  }
+  Status DecodeRow(size_t row, std::span<const std::byte> stored, Scope scope,
+                   std::span<std::byte> payload) const override {
+    const kernels::PayloadRow& of = attended_.layout(Scope::kAll).rows()[row];
+    const kernels::PayloadRow& to = attended_.layout(scope).Row(of.kind, of.cut, of.layer);
+    thread_local kernels::LosslessCoder coder;  // for its buffers
+    return coder.Decode(of.kind, attended_.layout(scope).shape().Of(of.kind), stored,
+                        reinterpret_cast<uint16_t*>(payload.data() + to.offset));
+  }
+
   std::unique_ptr<StoredReader> MakeReader(const BlockToRead& block) const override {
-    return std::make_unique<Reader>(attended_, block);
+    return std::make_unique<Reader>(*this, block);
   }
 
  private:
   class Reader final : public StoredReader {
    public:
-    Reader(const AttendedPayload& attended, const BlockToRead& block)
-        : attended_(attended), block_(block) {}
+    Reader(const LosslessForm& form, const BlockToRead& block) : form_(form), block_(block) {}
 
     Status Arrived(uint16_t layer, std::vector<int>* ready) override {
-      const kernels::PayloadLayout& layout = attended_.layout(block_.portion.scope);
       for (size_t i = 0; i < block_.manifest->rows.size(); ++i) {
-        const ManifestRow& row = block_.manifest->rows[i];
         // What was copied out of a block in memory stands decoded in the payload.
-        if (row.layer != layer || !block_.stored->Holds(i)) continue;
-        const auto kind = static_cast<kernels::SegmentKind>(row.kind);
-        const uint64_t offset = layout.Row(kind, row.cut, row.layer).offset;
+        if (block_.manifest->rows[i].layer != layer || !block_.stored->Holds(i)) continue;
         KV_RETURN_IF_ERROR(
-            coder_.Decode(kind, layout.shape().Of(kind), block_.stored->Row(i),
-                          reinterpret_cast<uint16_t*>(block_.payload.data() + offset)));
+            form_.DecodeRow(i, block_.stored->Row(i), block_.portion.scope, block_.payload));
       }
-      KV_RETURN_IF_ERROR(attended_.CheckLayer(layer, block_.portion, block_.payload));
+      KV_RETURN_IF_ERROR(form_.attended_.CheckLayer(layer, block_.portion, block_.payload));
       ready->push_back(layer);
       return OkStatus();
     }
 
    private:
-    const AttendedPayload& attended_;
+    const LosslessForm& form_;
     BlockToRead block_;
-    kernels::LosslessCoder coder_;
   };
 
   static Facts FactsOf(const AttendedPayload& attended) {
@@ -139,9 +172,11 @@ class LosslessForm final : public StoredForm {
     facts.rows = RowsOf(attended);
     for (StoredRow& row : facts.rows) {
       row.min_bytes = 1;
+      row.likely_bytes = row.max_bytes * 2 / 3;
       row.max_bytes = kernels::LosslessBound(row.max_bytes / sizeof(uint16_t));
     }
     facts.global_layers = attended.global_layers();
+    facts.ways = {WayOfLayers(attended)};
     return facts;
   }
 
@@ -199,38 +234,65 @@ std::span<const std::byte> StoredRows::Row(size_t row) const {
 StoredForm::StoredForm(Facts facts) : facts_(std::move(facts)) {
   KV_CHECK(!facts_.rows.empty() && facts_.lossy == !facts_.numerics.empty());
   KV_CHECK(facts_.whole_at_any_cut || !facts_.lossy);
-  bool keys = false;
-  for (const StoredRow& row : facts_.rows) {
-    const bool of_keys = row.part == static_cast<uint8_t>(Part::kKeys);
-    int& cuts = of_keys ? full_cuts_.keys : full_cuts_.values;
-    cuts = std::max(cuts, row.cut + 1);
-    keys = keys || of_keys;
+  KV_CHECK(!facts_.ways.empty() && facts_.ways.size() <= kMaxWays);
+  KV_CHECK(facts_.whole_at_any_cut || facts_.ways.size() == 1);
+  for (const StoredRow& row : facts_.rows)
     KV_CHECK(row.layer < facts_.global_layers.size() && row.min_bytes <= row.max_bytes);
+  for (size_t w = 0; w < facts_.ways.size(); ++w) {
+    StoredWay& way = facts_.ways[w];
+    way.full = {0, 0, static_cast<int>(w)};
+    bool keys = false;
+    for (const StoredRow& row : facts_.rows) {
+      if (row.layer < way.layer_begin || row.layer >= way.layer_end) continue;
+      const bool of_keys = row.part == static_cast<uint8_t>(Part::kKeys);
+      int& cuts = of_keys ? way.full.keys : way.full.values;
+      cuts = std::max(cuts, row.cut + 1);
+      keys = keys || of_keys;
+    }
+    if (!keys) way.full.keys = way.full.values;
   }
-  if (!keys) full_cuts_.keys = full_cuts_.values;
 }
 
 std::array<uint8_t, kMaxParts> StoredForm::PartCuts(const Cuts& cuts) const {
+  const StoredWay& way = WayOf(cuts);
   std::array<uint8_t, kMaxParts> part_cuts{};
   for (const StoredRow& row : facts_.rows) {
+    if (row.layer < way.layer_begin || row.layer >= way.layer_end) continue;
     part_cuts[row.part] = static_cast<uint8_t>(
         row.part == static_cast<uint8_t>(Part::kKeys) ? cuts.keys : cuts.values);
   }
   return part_cuts;
 }
 
+std::array<uint8_t, kMaxParts> StoredForm::AllPartCuts() const {
+  std::array<uint8_t, kMaxParts> part_cuts{};
+  for (const StoredRow& row : facts_.rows)
+    part_cuts[row.part] = std::max(part_cuts[row.part], static_cast<uint8_t>(row.cut + 1));
+  return part_cuts;
+}
+
+std::vector<bool> StoredForm::LayersOf(const Portion& portion) const {
+  const StoredWay& way = WayOf(portion.cuts);
+  std::vector<bool> layers(facts_.global_layers.size());
+  for (size_t layer = way.layer_begin; layer < way.layer_end; ++layer)
+    layers[layer] = portion.scope == Scope::kAll || facts_.global_layers[layer];
+  return layers;
+}
+
 bool StoredForm::InPortion(const ManifestRow& row, const Portion& portion) const {
-  return row.cut < PartCuts(portion.cuts)[row.part] &&
+  const StoredWay& way = WayOf(portion.cuts);
+  return row.layer >= way.layer_begin && row.layer < way.layer_end &&
+         row.cut < PartCuts(portion.cuts)[row.part] &&
          (portion.scope == Scope::kAll || facts_.global_layers[row.layer]);
 }
 
-StoredFormPtr MakePlainForm(const AttendedPayload& attended) {
+std::shared_ptr<const RowForm> MakePlainForm(const AttendedPayload& attended) {
   return std::make_shared<PlainForm>(attended);
 }
 
 bool LosslessFits(const kernels::Codec& codec) { return codec.id == kernels::CodecId::kRawBf16; }
 
-StoredFormPtr MakeLosslessForm(const AttendedPayload& attended) {
+std::shared_ptr<const RowForm> MakeLosslessForm(const AttendedPayload& attended) {
   return std::make_shared<LosslessForm>(attended);
 }
 
@@ -246,7 +308,8 @@ Status CheckStoredForm(std::string_view name, const kernels::Codec& codec) {
   return OkStatus();
 }
 
-StoredFormPtr MakeStoredForm(std::string_view name, const AttendedPayload& attended) {
+std::shared_ptr<const RowForm> MakeStoredForm(std::string_view name,
+                                              const AttendedPayload& attended) {
   KV_CHECK(CheckStoredForm(name, attended.codec()).ok() && name != kKlt);
   return name == kPlain ? MakePlainForm(attended) : MakeLosslessForm(attended);
 }

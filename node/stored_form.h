@@ -25,7 +25,31 @@ namespace kvant::node {
 
 // BlockManifest::codec of forms that are not plain; a plain block has its kernels::CodecId, which
 // are below. docs/block-format.md lists them.
-enum class FormTag : uint32_t { kLossless = 16, kKlt = 17, kKltExact = 18 };
+enum class FormTag : uint32_t { kLossless = 16, kKlt = 17, kKltExact = 18, kBeside = 19 };
+
+// Ways that a form may have to be read.
+inline constexpr size_t kMaxWays = 4;
+
+// One of the ways to read a block: which rows, and what they cost. The first is what prefill
+// attends; others give a payload of the same layout from other rows.
+struct StoredWay {
+  // Behind the names of its cuts in a choice of what is read; empty of the first way.
+  std::string suffix;
+  // The form's layers that it reads: from layer_begin to before layer_end.
+  uint16_t layer_begin = 0;
+  uint16_t layer_end = 0;
+  // [cut] of a form that is whole at any cut, else empty: names, and the mean KL (nats a token)
+  // that reading up to a cut was measured to cost.
+  std::vector<std::string> cut_names;
+  std::vector<float> cut_errors;
+  // The model's first layers that a reader computes itself. With any, the next one's state follows
+  // from what enters it, and what enters it is side information for reading the others.
+  int recomputed = 0;
+  // Whether decoding takes so long that it counts beside moving the bytes.
+  bool takes_long = true;
+  // Cuts of each kind, all there are.
+  Cuts full;
+};
 
 // A row that every whole block of a form has.
 struct StoredRow {
@@ -35,6 +59,8 @@ struct StoredRow {
   uint8_t kind = 0;
   uint64_t min_bytes = 1;
   uint64_t max_bytes = 1;
+  // About, for forecasts: beside other rows of its block. 0: as max_bytes.
+  uint64_t likely_bytes = 0;
 };
 
 // A whole block that was computed.
@@ -47,6 +73,9 @@ struct BlockToStore {
   // its keys or values].
   std::span<const std::vector<float>> keys;
   std::span<const std::vector<float>> values;
+  // [way]: what enters the first layer that a reader of that way does not recompute,
+  // [kBlockTokens][hidden]; empty of ways that recompute nothing.
+  std::span<const std::vector<float>> entering;
 };
 struct StoredBlock {
   BlockManifest manifest;
@@ -87,6 +116,14 @@ struct BlockToRead {
   std::span<std::byte> payload;  // what will be attended
   // Rows that arrived; of a form that is whole at any cut also those held before.
   const StoredRows* stored = nullptr;
+  // [row of the form]: its index in the manifest. Empty: they are the same.
+  std::span<const size_t> rows{};
+  std::span<const std::byte> Row(size_t of_form) const {
+    return stored->Row(rows.empty() ? of_form : rows[of_form]);
+  }
+  // Of a portion's way that recomputes layers: what enters the next one, [kBlockTokens][hidden];
+  // there before the first layer is read. nullptr: the way recomputes nothing.
+  const std::vector<float>* entering = nullptr;
 };
 
 // Makes a block's attended payload out of its stored rows as they arrive. Single-owner.
@@ -129,14 +166,21 @@ class StoredForm {
   std::span<const StoredRow> rows() const { return facts_.rows; }
   // [the form's layers]: whether it is needed where only the model's global layers are attended.
   const std::vector<bool>& global_layers() const { return facts_.global_layers; }
-  // [cut] of a form that is whole at any cut; else empty.
-  const std::vector<std::string>& cut_names() const { return facts_.cut_names; }
-  // [cut] mean KL (nats a token) that reading up to a cut was measured to cost; as cut_names.
-  const std::vector<float>& cut_errors() const { return facts_.cut_errors; }
-  // All there are.
-  const Cuts& full_cuts() const { return full_cuts_; }
-  // Cuts of each part that `cuts` names, as in a Selection.
+  // 1..kMaxWays, more than one only of forms that are whole at any cut.
+  std::span<const StoredWay> ways() const { return facts_.ways; }
+  const StoredWay& WayOf(const Cuts& cuts) const {
+    return facts_.ways[static_cast<size_t>(cuts.way)];
+  }
+  // Of the first way.
+  const std::vector<std::string>& cut_names() const { return facts_.ways.front().cut_names; }
+  const std::vector<float>& cut_errors() const { return facts_.ways.front().cut_errors; }
+  // All there are of the first way.
+  const Cuts& full_cuts() const { return facts_.ways.front().full; }
+  // Cuts of each part that `cuts` names, as in a Selection; of a whole block.
   std::array<uint8_t, kMaxParts> PartCuts(const Cuts& cuts) const;
+  std::array<uint8_t, kMaxParts> AllPartCuts() const;
+  // [the form's layers]: those of a portion's way and scope.
+  std::vector<bool> LayersOf(const Portion& portion) const;
   // Whether a row is in a portion.
   bool InPortion(const ManifestRow& row, const Portion& portion) const;
 
@@ -156,16 +200,29 @@ class StoredForm {
     std::string numerics;
     std::vector<StoredRow> rows;
     std::vector<bool> global_layers;
-    std::vector<std::string> cut_names;
-    std::vector<float> cut_errors;
+    std::vector<StoredWay> ways;  // `full` is found from the rows
   };
   explicit StoredForm(Facts facts);
 
  private:
   Facts facts_;
-  Cuts full_cuts_;
 };
 using StoredFormPtr = std::shared_ptr<const StoredForm>;
+
+// A form each of whose rows is a range of the attended payload, by itself. Immutable; thread-safe.
+class RowForm : public StoredForm {
+ public:
+  // A row as it is stored, of a whole payload; appended.
+  virtual void EncodeRow(size_t row, std::span<const std::byte> payload,
+                         std::vector<std::byte>* out) const = 0;
+  // The range that a row stands for, into a payload that holds the layers of a scope. kDataLoss: it
+  // is not well-formed.
+  virtual Status DecodeRow(size_t row, std::span<const std::byte> stored, Scope scope,
+                           std::span<std::byte> payload) const = 0;
+
+ protected:
+  using StoredForm::StoredForm;
+};
 
 // The manifest of a whole block stored plain. max_errors: [row], as AttendedPayload::EncodeLayer
 // set them.
@@ -173,14 +230,15 @@ BlockManifest PlainManifest(const AttendedPayload& attended, const BlockKey& key
                             std::span<const std::byte> payload, std::span<const float> max_errors);
 
 // Any codec.
-StoredFormPtr MakePlainForm(const AttendedPayload& attended);
+std::shared_ptr<const RowForm> MakePlainForm(const AttendedPayload& attended);
 // Segments of kernels/lossless.h. REQUIRES: LosslessFits(codec).
-StoredFormPtr MakeLosslessForm(const AttendedPayload& attended);
+std::shared_ptr<const RowForm> MakeLosslessForm(const AttendedPayload& attended);
 bool LosslessFits(const kernels::Codec& codec);
 // Whether there is a form of this name for a codec, before a model is loaded. kInvalidArgument:
 // there is none (the message lists the names), or it does not fit the codec.
 Status CheckStoredForm(std::string_view name, const kernels::Codec& codec);
 // The form `--store` names. REQUIRES: CheckStoredForm; not klt, which needs a pack (klt_form.h).
-StoredFormPtr MakeStoredForm(std::string_view name, const AttendedPayload& attended);
+std::shared_ptr<const RowForm> MakeStoredForm(std::string_view name,
+                                              const AttendedPayload& attended);
 
 }  // namespace kvant::node

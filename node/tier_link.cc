@@ -47,11 +47,13 @@ struct TierLink::Operation {
   std::optional<Status> outcome;       // of a put that ended before it was sealed
   std::vector<BlockArrival> arrivals;  // of a fetch; they stay in place
   bool arrived = false;                // of a fetch: the client is done with it
+  bool held = false;                   // then: it was not over, and is counted in held_
   size_t decoding = 0;                 // layers that others decode
   std::vector<Item> items;
-  uint64_t arrived_bytes = 0;                    // of a put: computed and not yet announced
-  std::array<Duration, kMaxCuts> decode_took{};  // [BlockClass::DecodeDepth] of a fetch, so far
-  std::array<size_t, kMaxCuts> decoded_layers{};
+  uint64_t arrived_bytes = 0;  // of a put: computed and not yet announced
+  // [BlockClass::DecodeDepth] of a fetch, so far.
+  std::array<Duration, kMaxChoices> decode_took{};
+  std::array<size_t, kMaxChoices> decoded_layers{};
   int next_layer = 0;  // of a put: the first that was not announced
 };
 
@@ -100,7 +102,10 @@ bool TierLink::Poll() {
     decoded_.clear();
     decoded = decoding_->Take(&decoded_);
     for (const BlockDecoding::Outcome& outcome : decoded_) OnDecoded(outcome);
+  }
+  if (held_ > 0 || entering_known_ || (decoding_ != nullptr && decoding_->open() > 0)) {
     GiveUpDecoding();
+    Resume();
   }
   return progress || !events_.empty() || decoded;
 }
@@ -339,16 +344,48 @@ void TierLink::OnDecoded(const BlockDecoding::Outcome& outcome) {
     SawDecoding(operation, arrival, outcome.ready.size(),
                 std::chrono::duration_cast<Duration>(outcome.took / decoders_));
   }
-  if (operation->arrived && operation->decoding == 0) FinishFetch(outcome.operation);
+  EndOrHold(outcome.operation);
+}
+
+void TierLink::EndOrHold(OpId op) {
+  Operation* operation = operations_.at(op).get();
+  if (IsOver(*operation)) {
+    FinishFetch(op);
+  } else if (operation->arrived && operation->decoding == 0 && !operation->held) {
+    operation->held = true;
+    ++held_;
+  }
+}
+
+bool TierLink::IsOver(const Operation& operation) {
+  return operation.arrived && operation.decoding == 0 &&
+         std::none_of(
+             operation.arrivals.begin(), operation.arrivals.end(),
+             [](const BlockArrival& arrival) { return arrival.block()->awaits_entering(); });
+}
+
+void TierLink::Resume() {
+  if (!std::exchange(entering_known_, false) && held_ == 0) return;
+  std::vector<OpId> over;
+  for (const auto& [op, operation] : operations_) {
+    for (size_t index = 0; index < operation->arrivals.size(); ++index) {
+      const BlockArrival& arrival = operation->arrivals[index];
+      if (arrival.has_whole() && arrival.block()->failed.ok()) Decode(op, operation.get(), index);
+    }
+    if (operation->held && IsOver(*operation)) over.push_back(op);
+  }
+  for (const OpId op : over) FinishFetch(op);
 }
 
 void TierLink::GiveUpDecoding() {
   const TimePoint now = clock_->Now();
   for (const auto& [op, operation] : operations_) {
-    const bool late = operation->arrived && now >= operation->started + timeout_;
+    const bool too_late = operation->arrived && now >= operation->started + timeout_;
     for (const BlockArrival& arrival : operation->arrivals) {
       // Neither a sequence nor the node's cache.
       const bool wanted = arrival.block().use_count() > 1;
+      // What waits for this node's own computing takes its time.
+      const bool late = too_late && !arrival.block()->needs_entering;
       if (!late && wanted) continue;
       FailBlock(arrival,
                 wanted ? MakeStatus(StatusCode::kDeadlineExceeded,
@@ -365,7 +402,8 @@ void TierLink::FinishFetch(OpId op) {
   for (const BlockArrival& arrival : operation->arrivals) {
     stats_.fetched_blocks += arrival.block()->complete() ? 1 : 0;
   }
-  for (size_t depth = 0; depth < kMaxCuts; ++depth) {
+  held_ -= operation->held ? 1 : 0;
+  for (size_t depth = 0; depth < kMaxChoices; ++depth) {
     const double tokens = block_class_->TokensOfLayers(operation->decoded_layers[depth]);
     if (tokens > 0) planner_->SawDecode(depth, tokens, operation->decode_took[depth]);
   }
@@ -403,7 +441,7 @@ void TierLink::OnEvent(const ClientEvent& event) {
       meter_->FetchEnded();
       operation->arrived = true;
       operation->buffer = nullptr;
-      if (operation->decoding == 0) FinishFetch(event.op);
+      EndOrHold(event.op);
       return;
     case ClientEvent::Kind::kPutDone: {
       if (!event.status.ok()) stats_.put_failure = event.status;

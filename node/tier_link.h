@@ -80,6 +80,8 @@ class TierLink {
   // Fills blocks: moves what of their portions was not copied into them, and nothing else. False:
   // no buffer free now, try again after a Poll. REQUIRES: each block lacks something.
   bool Fetch(std::span<const BlockFetch> blocks, FetchDone done);
+  // Of fetched blocks that awaited what enters their layers, some have it now (FirstLayers).
+  void EnteringKnown() { entering_known_ = true; }
   // Whether one Fetch should take so many blocks that lack so many bytes together.
   bool FetchTakes(size_t blocks, uint64_t bytes) const;
   // Stored bytes that a block was made without, at most. 0: it lacks nothing.
@@ -116,7 +118,13 @@ class TierLink {
   void SawDecoding(Operation* operation, const BlockArrival& arrival, size_t layers, Duration took);
   // Has no more decoded of blocks that nobody has any more, or that are late.
   void GiveUpDecoding();
-  // A fetch that ended, once all of it is decoded.
+  // Has decoded what awaited what this node computes, and ends fetches that waited for nothing
+  // else.
+  void Resume();
+  // Whether all of a fetch is here and decoded, as far as it will be.
+  static bool IsOver(const Operation& operation);
+  // A fetch whose bytes or decoding may have ended just now.
+  void EndOrHold(OpId op);
   void FinishFetch(OpId op);
   // What came of a block can't be used; if it is corrupt, its shard is told.
   void Refuse(Operation* operation, size_t index, const Status& status);
@@ -139,6 +147,8 @@ class TierLink {
   std::vector<BlockDecoding::Outcome> decoded_;
   std::vector<std::pair<uint32_t, std::optional<Digest>>> warned_of_;
   double decoders_ = 1;  // threads that decode beside each other
+  bool entering_known_ = false;
+  size_t held_ = 0;  // fetches that have ended, but for what awaits what enters it
   // Goes first: others decode for the operations.
   std::unique_ptr<BlockDecoding> decoding_;
 };

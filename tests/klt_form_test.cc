@@ -46,7 +46,7 @@ class KltExactForm : public testing::TestWithParam<const char*> {
     const AttendedPayload attended(kernels::kRawBf16Codec, model_->config());
     blocks_ = std::make_unique<BlockClass>(model_.get(), &kernels::kRawBf16Codec,
                                            std::span<const std::byte>(),
-                                           *MakeKltForm(model_.get(), pack_, kCuts, attended));
+                                           *MakeKltForm(model_.get(), pack_, kCuts, {}, attended));
     Make(0);
   }
   // Sets payload_ and stored_ to a block of random numbers.
@@ -193,7 +193,7 @@ TEST_P(KltExactForm, HostileBytesAreRefusedOrThePayload) {
 TEST_P(KltExactForm, IsAskedForWhereItCanBeHad) {
   const AttendedPayload raw(kernels::kRawBf16Codec, model_->config());
   const auto said = [&](const char* cuts, const AttendedPayload& attended) {
-    return MakeKltForm(model_.get(), pack_, cuts, attended).status().message();
+    return MakeKltForm(model_.get(), pack_, cuts, {}, attended).status().message();
   };
   EXPECT_EQ(said("medium,exact", raw), "") << "any cut alone can be refined";
   EXPECT_THAT(said("exact", raw), HasSubstr("coarse,fine,finest"));

@@ -57,6 +57,8 @@ kvant_test(report_test LIBS kvant_test_nodes LABELS unit)
 kvant_test(stored_form_test LIBS kvant_test_nodes LABELS unit fuzz)
 kvant_test(block_decoding_test LIBS kvant_test_nodes LABELS unit)
 kvant_test(block_supply_test LIBS kvant_test_nodes LABELS unit)
+kvant_test(beside_form_test LIBS kvant_test_nodes LABELS unit)
+kvant_test(first_layers_test LIBS kvant_test_nodes LABELS unit)
 kvant_test(prefill_role_test LIBS kvant_test_nodes LABELS unit fuzz)
 
 # Writes tests/golden/klt; run by hand when the format changes on purpose.

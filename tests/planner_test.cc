@@ -93,7 +93,7 @@ TEST(Planner, DecidesBySpeed) {
   for (int i = 0; i < 200; ++i) planner.SawEncode(64, milliseconds(20));
   EXPECT_NEAR(Milliseconds(decide(700'000, 0).compute_forecast), 64 + 20, 0.1);
   EXPECT_EQ(planner.stats().fetch_plans, 3u);
-  EXPECT_EQ(planner.stats().fetch_plans_at, (std::array<uint64_t, kMaxCuts>{0, 3, 0, 0}));
+  EXPECT_EQ(planner.stats().fetch_plans_at, (std::array<uint64_t, kMaxChoices>{0, 3}));
   EXPECT_EQ(planner.stats().compute_plans, 1u);
 }
 

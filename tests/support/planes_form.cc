@@ -55,9 +55,11 @@ node::StoredForm::Facts PlanesForm::FactsOf(const AttendedPayload& attended) {
   facts.whole_at_any_cut = true;
   facts.lossy = true;
   facts.numerics = "/planes";
-  facts.cut_names = {"one", "two", "three"};
-  facts.cut_errors = {0.1F, 0.01F, 0.001F};
+  node::StoredWay& way = facts.ways.emplace_back();
+  way.cut_names = {"one", "two", "three"};
+  way.cut_errors = {0.1F, 0.01F, 0.001F};
   const std::vector<std::vector<int>> groups = GroupsOf(attended);
+  way.layer_end = static_cast<uint16_t>(groups.size());
   for (uint8_t cut = 0; cut < kCuts; ++cut) {
     for (uint16_t group = 0; group < groups.size(); ++group) {
       const uint64_t bytes = groups[group].size() * Width(attended);
