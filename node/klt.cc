@@ -31,13 +31,13 @@ void GatherState(const Model& model, int layer, int position, int tokens, const 
 }
 
 void ScatterState(const Model& model, int layer, int position, int tokens, const float* rows,
-                  float* keys, float* values) {
+                  float* keys, float* values, size_t stride) {
   const kernels::LayerShape state = model.config().StateShape(1);
   const int key_width = state.keys.kv_heads * state.keys.head_dim;
   const int value_width = state.values.kv_heads * state.values.head_dim;
-  const int width = key_width + value_width;
+  if (stride == 0) stride = static_cast<size_t>(key_width + value_width);
   for (int token = 0; token < tokens; ++token) {
-    const float* row = rows + static_cast<ptrdiff_t>(token) * width;
+    const float* row = rows + static_cast<size_t>(token) * stride;
     float* key = keys + static_cast<ptrdiff_t>(token) * key_width;
     std::copy_n(row, key_width, key);
     model.rope(layer).Apply(key, state.keys.kv_heads, static_cast<size_t>(state.keys.head_dim),
@@ -69,12 +69,13 @@ KltSide KltSide::OfTokens(const KltCoder* coder, std::span<const int32_t> tokens
   return side;
 }
 
-std::vector<float> KltSide::Begun(size_t group) const {
-  if (kept_ == nullptr) return coder_->Begun(group, normalized_);
-  std::vector<float> rows(
-      static_cast<size_t>(kBlockTokens * coder_->transform().bases[group].width));
-  kept_->Get(*coder_, group, tokens_, rows.data());
-  return rows;
+void KltSide::Begun(size_t group, std::vector<float>* rows) const {
+  rows->resize(static_cast<size_t>(kBlockTokens * coder_->transform().bases[group].width));
+  if (kept_ == nullptr) {
+    coder_->Begun(group, normalized_, rows->data());
+  } else {
+    kept_->Get(*coder_, group, tokens_, rows->data());
+  }
 }
 
 KltCoder::KltCoder(const Model* model, const KltPack* pack, std::vector<size_t> cuts,
@@ -132,20 +133,18 @@ std::vector<float> KltCoder::Normalized(std::span<const float> entering, int wid
   return normalized;
 }
 
-std::vector<float> KltCoder::Begun(size_t group, std::span<const float> normalized) const {
+void KltCoder::Begun(size_t group, std::span<const float> normalized, float* rows) const {
   const KltBasis& basis = transform_.bases[group];
   const size_t tokens = normalized.size() / static_cast<size_t>(pack_.hidden);
-  std::vector<float> rows(tokens * static_cast<size_t>(basis.width));
   kernels::OrderedMultiply({basis.predictor, normalized.data(), static_cast<int>(tokens),
-                            pack_.hidden, basis.width, basis.bias.data(), 0, rows.data()});
-  return rows;
+                            pack_.hidden, basis.width, basis.bias.data(), 0, rows});
 }
 
-std::vector<float> KltCoder::Predict(size_t group, const KltSide& side,
-                                     std::span<const kernels::SparseRows> first,
-                                     int position) const {
+void KltCoder::Predict(size_t group, const KltSide& side,
+                       std::span<const kernels::SparseRows> first, int position,
+                       std::vector<float>* rows) const {
   const KltBasis& basis = transform_.bases[group];
-  std::vector<float> rows = side.Begun(group);
+  side.Begun(group, rows);
   const std::vector<int>& sources = transform_.groups[group].sources;
   if (!sources.empty()) {
     kernels::SparseRows terms;
@@ -160,10 +159,9 @@ std::vector<float> KltCoder::Predict(size_t group, const KltSide& side,
       }
       terms.EndRow();
     }
-    kernels::OrderedMultiplyAdd(basis.predictor, terms, rows.data());
+    kernels::OrderedMultiplyAdd(basis.predictor, terms, rows->data());
   }
-  if (position == 0) std::copy(basis.sink_bias.begin(), basis.sink_bias.end(), rows.begin());
-  return rows;
+  if (position == 0) std::copy(basis.sink_bias.begin(), basis.sink_bias.end(), rows->begin());
 }
 
 void KltCoder::PlacesOf(size_t group, size_t cut, int position, std::span<const KltToken> tokens,
@@ -221,6 +219,13 @@ void KltCoder::Refine(size_t cut, int position, std::span<const KltToken> tokens
       }
     }
   }
+}
+
+bool KltCoder::IsSource(size_t group) const {
+  return std::any_of(transform_.groups.begin(), transform_.groups.end(), [&](const KltGroup& of) {
+    return std::find(of.sources.begin(), of.sources.end(), static_cast<int>(group)) !=
+           of.sources.end();
+  });
 }
 
 kernels::SparseRows KltCoder::Leading(size_t group, const KltValues& values) const {
@@ -330,9 +335,10 @@ void KltCoder::Encode(const KltSide& side, int position, const Rows& exact,
   std::vector<kernels::SparseRows> first;
   extents->assign(cuts(), std::vector<std::vector<std::byte>>(groups()));
   Code code;
+  std::vector<float> predicted;
   for (size_t group = 0; group < groups(); ++group) {
     std::vector<float> left = Gathered(group, exact);
-    const std::vector<float> predicted = Predict(group, side, first, position);
+    Predict(group, side, first, position, &predicted);
     const std::vector<int8_t> finer = Finer(group, left);
     for (size_t i = 0; i < left.size(); ++i) left[i] -= predicted[i];
     CodeGroup(group, position, left, finer, &code, nullptr);
@@ -350,10 +356,19 @@ void KltCoder::Encode(const KltSide& side, int position, const Rows& exact,
 KltReader::KltReader(const KltCoder* coder, KltSide side, int position)
     : coder_(*coder), side_(std::move(side)), position_(position), first_(coder->groups()) {}
 
-Status KltReader::Read(size_t group, std::span<const std::span<const std::byte>> extents,
-                       KltCoder::Rows* rows) {
+Result<std::span<const float>> KltReader::Read(
+    size_t group, std::span<const std::span<const std::byte>> extents) {
+  // Of the group under work; as large as what is made of it.
+  struct Scratch {
+    KltPlaces places;
+    std::vector<int32_t> levels;
+    KltValues values;
+    kernels::SparseRows terms;
+    std::vector<float> rows;
+  };
+  thread_local Scratch scratch;
+  auto& [places, levels, values, terms, rows] = scratch;
   KV_CHECK(!extents.empty() && extents.size() <= coder_.cuts());
-  const KltPack& pack = coder_.pack();
   const KltBasis& basis = coder_.transform().bases[group];
   if (extents[0].size() < kBlockTokens)
     return DataLoss("a klt block: the extent of a first cut is too short");
@@ -362,21 +377,30 @@ Status KltReader::Read(size_t group, std::span<const std::span<const std::byte>>
   for (size_t token = 0; token < KltCoder::Sinks(position_); ++token) {
     if (tokens[token] != KltToken()) return DataLoss("a klt block: a sink has a step of its own");
   }
-  values_.Reset(kBlockTokens, coder_.Coefficients(group));
+  values.Reset(kBlockTokens, coder_.Coefficients(group));
+  const bool predicts = coder_.IsSource(group);
   for (size_t cut = 0; cut < extents.size(); ++cut) {
-    coder_.PlacesOf(group, cut, position_, tokens, values_, &places_);
+    coder_.PlacesOf(group, cut, position_, tokens, values, &places);
     const auto coded = cut == 0 ? extents[0].subspan(kBlockTokens) : extents[cut];
-    KV_RETURN_IF_ERROR(coder_.levels_.Read(coded, places_, &levels_));
-    coder_.Refine(cut, position_, tokens, places_, levels_, &values_);
-    if (cut == 0) first_[group] = coder_.Leading(group, values_);
+    KV_RETURN_IF_ERROR(coder_.levels_.Read(coded, places, &levels));
+    coder_.Refine(cut, position_, tokens, places, levels, &values);
+    if (cut == 0 && predicts) first_[group] = coder_.Leading(group, values);
   }
-  std::vector<float> together = coder_.Predict(group, side_, first_, position_);
-  terms_.Clear();
+  coder_.Predict(group, side_, first_, position_, &rows);
+  terms.Clear();
   for (size_t token = 0; token < kBlockTokens; ++token) {
-    values_.ForEach(token, 0, [&](size_t c, float value) { terms_.Add(c, value); });
-    terms_.EndRow();
+    values.ForEach(token, 0, [&](size_t c, float value) { terms.Add(c, value); });
+    terms.EndRow();
   }
-  kernels::OrderedMultiplyAdd(basis.synthesis, terms_, together.data());
+  kernels::OrderedMultiplyAdd(basis.synthesis, terms, rows.data());
+  return std::span<const float>(rows);
+}
+
+Status KltReader::Read(size_t group, std::span<const std::span<const std::byte>> extents,
+                       KltCoder::Rows* rows) {
+  KV_ASSIGN_OR_RETURN(const std::span<const float> together, Read(group, extents));
+  const KltPack& pack = coder_.pack();
+  const KltBasis& basis = coder_.transform().bases[group];
   rows->resize(static_cast<size_t>(pack.layers));
   const auto width = static_cast<size_t>(pack.width);
   const auto& layers = coder_.transform().groups[group].layers;

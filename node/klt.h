@@ -25,11 +25,11 @@
 namespace kvant::node {
 
 // A layer's state as rows, and back. keys, values: as a LayerSink gets them, of tokens that begin
-// at `position`.
+// at `position`. stride: of rows, in floats; 0: `width`.
 void GatherState(const Model& model, int layer, int position, int tokens, const float* keys,
                  const float* values, float* rows);
 void ScatterState(const Model& model, int layer, int position, int tokens, const float* rows,
-                  float* keys, float* values);
+                  float* keys, float* values, size_t stride = 0);
 
 class KltCoder;
 
@@ -47,7 +47,7 @@ class KltSide {
                           KltPredictions* kept);
 
   // What it alone predicts of a group's rows, [kBlockTokens][KltBasis::width].
-  std::vector<float> Begun(size_t group) const;
+  void Begun(size_t group, std::vector<float>* rows) const;
 
  private:
   const KltCoder* coder_ = nullptr;
@@ -98,11 +98,11 @@ class KltCoder {
   // Each token's numbers over their root mean square, [tokens][hidden].
   static std::vector<float> Normalized(std::span<const float> entering, int hidden);
   // What they predict of a group, [tokens][KltBasis::width].
-  std::vector<float> Begun(size_t group, std::span<const float> normalized) const;
+  void Begun(size_t group, std::span<const float> normalized, float* rows) const;
   // Predictions of a group's rows, side by side: [kBlockTokens][KltBasis::width]. first: [group] of
   // those before it, as in Code.
-  std::vector<float> Predict(size_t group, const KltSide& side,
-                             std::span<const kernels::SparseRows> first, int position) const;
+  void Predict(size_t group, const KltSide& side, std::span<const kernels::SparseRows> first,
+               int position, std::vector<float>* rows) const;
   // How many half octaves finer than others a token's step is. rows: of the group, side by side.
   std::vector<int8_t> Finer(size_t group, std::span<const float> rows) const;
   // Codes what is left of a group: exact rows, side by side, less their predictions. finer: of each
@@ -143,6 +143,8 @@ class KltCoder {
   float StepAt(size_t cut, int position, std::span<const KltToken> tokens, size_t token) const {
     return token < Sinks(position) ? pack_.sink_step : StepOf(tokens[token], this->cut(cut).step);
   }
+  // Whether it helps to predict others.
+  bool IsSource(size_t group) const;
   size_t Coefficients(size_t group) const {
     return static_cast<size_t>(transform_.bases[group].coefficients);
   }
@@ -161,10 +163,14 @@ class KltCoder {
 class KltReader {
  public:
   KltReader(const KltCoder* coder, KltSide side, int position);
-  // Reads a group at as many cuts as there are extents, and sets the rows of its layers. The rows
+  // Reads a group at as many cuts as there are extents: its layers' rows side by side,
+  // [kBlockTokens][KltBasis::width], until the next read on this thread, by any reader. The rows
   // are the same to the bit on every machine that has the same entering. kDataLoss: the bytes are
-  // not of this model and these cuts; rows are undefined then. REQUIRES: the group's sources were
-  // read; 1..coder->cuts() extents.
+  // not of this model and these cuts. REQUIRES: the group's sources were read; 1..coder->cuts()
+  // extents.
+  Result<std::span<const float>> Read(size_t group,
+                                      std::span<const std::span<const std::byte>> extents);
+  // The same, and sets the rows of its layers; on an error they are undefined.
   Status Read(size_t group, std::span<const std::span<const std::byte>> extents,
               KltCoder::Rows* rows);
 
@@ -173,11 +179,6 @@ class KltReader {
   KltSide side_;
   int position_;
   std::vector<kernels::SparseRows> first_;  // [group]
-  // Of the group under work.
-  KltPlaces places_;
-  std::vector<int32_t> levels_;
-  KltValues values_;
-  kernels::SparseRows terms_;
 };
 
 }  // namespace kvant::node

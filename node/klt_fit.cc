@@ -116,7 +116,8 @@ void KltFit::Code(const KltCoder& coder, const Block& block, size_t group,
   std::vector<float> left = RowsOf(coder, block, group);
   const std::vector<int8_t> finer = coder.Finer(group, left);
   const KltSide side = KltSide::OfNormalized(&coder, NormalizedOf(coder, block));
-  const std::vector<float> predicted = coder.Predict(group, side, first, block.position);
+  std::vector<float> predicted;
+  coder.Predict(group, side, first, block.position, &predicted);
   for (size_t i = 0; i < left.size(); ++i) left[i] -= predicted[i];
   coder.CodeGroup(group, block.position, left, finer, code, watch);
 }

@@ -83,7 +83,7 @@ class KltForm final : public StoredForm {
           SideOf(way, block.tokens, way == 0 ? std::span<const float>() : block.entering[way]);
       coders_[way].Encode(side, block.position, rows, &extents[way]);
     }
-    EncodeAttended(block, payload, &rows, &extents[0]);
+    EncodeAttended(block, payload, &extents[0]);
     out->manifest = {};
     out->manifest.key = block.key;
     out->manifest.codec = tag();
@@ -147,10 +147,11 @@ class KltForm final : public StoredForm {
         extents.emplace_back(block_.Row(form_.RowOf(way_, cut, group)));
       const auto& layers = coder_.transform().groups[group].layers;
       const bool exact = extents.size() > coder_.cuts();
-      KV_RETURN_IF_ERROR(reader_->Read(
-          group, std::span(extents).first(std::min(extents.size(), coder_.cuts())), &rows_));
+      KV_ASSIGN_OR_RETURN(
+          const std::span<const float> rows,
+          reader_->Read(group, std::span(extents).first(std::min(extents.size(), coder_.cuts()))));
       if (exact) {
-        const Decoded decoded(form_, layers, block_.position, rows_);
+        const Decoded decoded(form_, layers, block_.position, rows);
         KV_RETURN_IF_ERROR(form_.exact_->Decode(
             extents.back(), decoded.segments,
             decoded.Raw<uint16_t>(block_.portion.scope, block_.payload.data())));
@@ -159,10 +160,9 @@ class KltForm final : public StoredForm {
         for (const int layer : layers)
           KV_RETURN_IF_ERROR(form_.attended_.CheckLayer(layer, attended, block_.payload));
       } else {
-        form_.WritePayload(layers, block_.position, block_.portion.scope, rows_,
+        form_.WritePayload(layers, block_.position, block_.portion.scope, rows,
                            block_.payload.data());
       }
-      for (const int layer : layers) rows_[static_cast<size_t>(layer)] = {};
       return OkStatus();
     }
 
@@ -174,7 +174,6 @@ class KltForm final : public StoredForm {
     std::optional<KltReader> reader_;
     std::vector<bool> arrived_;  // [group]
     std::vector<bool> read_;     // [group]
-    KltCoder::Rows rows_;
   };
 
   // What a reader of a way knows of a block. entering: as of BlockToStore.
@@ -200,7 +199,7 @@ class KltForm final : public StoredForm {
   }
   // What the first way gives its readers: as it is attended, by whoever computed it as well; or,
   // with an exact cut, what the cuts before lack of the attended payload. extents: [cut][group].
-  void EncodeAttended(const BlockToStore& block, std::span<std::byte> payload, KltCoder::Rows* rows,
+  void EncodeAttended(const BlockToStore& block, std::span<std::byte> payload,
                       KltCoder::Extents* extents) const {
     const KltCoder& coder = coders_[0];
     KltReader reader(&coder, SideOf(0, block.tokens, {}), block.position);
@@ -208,7 +207,8 @@ class KltForm final : public StoredForm {
     for (size_t group = 0; group < coder.groups(); ++group) {
       std::vector<std::span<const std::byte>> of_group;
       for (size_t cut = 0; cut < coder.cuts(); ++cut) of_group.emplace_back((*extents)[cut][group]);
-      KV_CHECK(reader.Read(group, of_group, rows).ok());
+      const Result<std::span<const float>> rows = reader.Read(group, of_group);
+      KV_CHECK(rows.ok());
       const auto& layers = coder.transform().groups[group].layers;
       if (exact_ != nullptr) {
         const Decoded decoded(*this, layers, block.position, *rows);
@@ -220,10 +220,10 @@ class KltForm final : public StoredForm {
     }
   }
 
-  // What was decoded of a group, as it is attended.
+  // What was decoded of a group, as it is attended. rows: as KltReader::Read.
   struct Decoded {
     Decoded(const KltForm& of_form, const std::vector<int>& of_layers, int position,
-            const KltCoder::Rows& rows)
+            std::span<const float> rows)
         : form(of_form), layers(of_layers) {
       const kernels::LayerShape& shape = form.attended_.layout(Scope::kAll).shape();
       for (size_t i = 0; i < 2 * layers.size(); ++i) {
@@ -231,9 +231,9 @@ class KltForm final : public StoredForm {
         segments.push_back({KindOf(i), of, floats.emplace_back(ElementsOf(of)).data()});
       }
       for (size_t i = 0; i < layers.size(); ++i) {
-        ScatterState(form.model_, layers[i], position, kBlockTokens,
-                     rows[static_cast<size_t>(layers[i])].data(), floats[2 * i].data(),
-                     floats[2 * i + 1].data());
+        const auto width = static_cast<size_t>(form.pack_->width);
+        ScatterState(form.model_, layers[i], position, kBlockTokens, rows.data() + i * width,
+                     floats[2 * i].data(), floats[2 * i + 1].data(), layers.size() * width);
       }
     }
     kernels::SegmentKind KindOf(size_t segment) const {
@@ -326,16 +326,17 @@ class KltForm final : public StoredForm {
     return facts;
   }
 
-  // Writes layers as they are attended.
+  // Writes a group's layers as they are attended. rows: as KltReader::Read.
   void WritePayload(const std::vector<int>& layers, int position, Scope scope,
-                    const KltCoder::Rows& rows, std::byte* payload) const {
+                    std::span<const float> rows, std::byte* payload) const {
     const kernels::LayerShape& shape = attended_.layout(Scope::kAll).shape();
+    const auto width = static_cast<size_t>(pack_->width);
     std::vector<float> keys(ElementsOf(shape.keys));
     std::vector<float> values(ElementsOf(shape.values));
-    for (const int layer : layers) {
-      ScatterState(model_, layer, position, kBlockTokens, rows[static_cast<size_t>(layer)].data(),
-                   keys.data(), values.data());
-      attended_.EncodeLayer(layer, scope, keys.data(), values.data(), payload, nullptr);
+    for (size_t i = 0; i < layers.size(); ++i) {
+      ScatterState(model_, layers[i], position, kBlockTokens, rows.data() + i * width, keys.data(),
+                   values.data(), layers.size() * width);
+      attended_.EncodeLayer(layers[i], scope, keys.data(), values.data(), payload, nullptr);
     }
   }
   static size_t ElementsOf(const kernels::SegmentShape& shape) {

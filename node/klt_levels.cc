@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 
 #include "base/bytes.h"
 #include "base/check.h"
@@ -36,8 +37,6 @@ int QuartersOf(float ratio) {
   for (const float part : kParts) quarters += mantissa >= part ? 1 : 0;
   return quarters;
 }
-
-size_t MeanIndex(int32_t level) { return std::min<size_t>(Folded(level), kKltMeans - 1); }
 
 }  // namespace
 
@@ -83,7 +82,9 @@ void KltPlaces::Add(size_t of_coefficient, KltPlace place) {
 void KltPlaces::AddFirst(std::span<const uint8_t> tables) {
   table.insert(table.end(), tables.begin(), tables.end());
   low_bits.resize(table.size());
-  for (size_t c = 0; c < tables.size(); ++c) coefficient.push_back(static_cast<uint16_t>(c));
+  const size_t first = coefficient.size();
+  coefficient.resize(table.size());
+  std::iota(coefficient.begin() + static_cast<ptrdiff_t>(first), coefficient.end(), uint16_t{0});
 }
 
 std::byte ByteOf(KltToken token) {
@@ -102,15 +103,6 @@ float StepOf(KltToken token, float step) {
   const int octaves = token.finer >> 1;    // rounded down
   const float whole = std::ldexp(step, -octaves);
   return (token.finer & 1) != 0 ? whole * kHalf : whole;
-}
-
-uint32_t Folded(int32_t level) {
-  return level > 0 ? 2 * static_cast<uint32_t>(level) - 1 : 2 * static_cast<uint32_t>(-level);
-}
-
-int32_t Unfolded(uint32_t folded) {
-  return (folded & 1U) != 0 ? static_cast<int32_t>((folded + 1) / 2)
-                            : -static_cast<int32_t>(folded / 2);
 }
 
 KltLevels::KltLevels(const KltStatistics& statistics) : mean_(statistics.mean) {
@@ -156,12 +148,6 @@ uint8_t KltLevels::SymbolOf(int32_t level, KltPlace place) const {
 
 float KltLevels::Bits(int32_t level, KltPlace place) const {
   return bits_[static_cast<size_t>(place.table)][SymbolOf(level, place)];
-}
-
-float KltLevels::Value(int32_t level, KltPlace place) const {
-  const auto of_level = static_cast<float>(level);
-  return place.low_bits > 0 ? of_level
-                            : of_level + mean_[static_cast<size_t>(place.table)][MeanIndex(level)];
 }
 
 bool KltLevels::LowerCostsLess(float x, int32_t below, KltPlace place) const {

@@ -2,6 +2,7 @@
 // (docs/klt.md, "Bytes of an extent"). Integers alone decide how bytes are read.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -83,8 +84,13 @@ float StepOf(KltToken token, float step);
 
 // Larger levels are clamped: 2^20 steps are beyond what a float's mantissa tells apart.
 inline constexpr int32_t kKltLargestLevel = 1 << 20;
-uint32_t Folded(int32_t level);
-int32_t Unfolded(uint32_t folded);
+inline uint32_t Folded(int32_t level) {
+  return level > 0 ? 2 * static_cast<uint32_t>(level) - 1 : 2 * static_cast<uint32_t>(-level);
+}
+inline int32_t Unfolded(uint32_t folded) {
+  return (folded & 1U) != 0 ? static_cast<int32_t>((folded + 1) / 2)
+                            : -static_cast<int32_t>(folded / 2);
+}
 
 // What tables say of levels.
 struct KltStatistics {
@@ -106,7 +112,12 @@ class KltLevels {
   // The level of x (in steps) that costs least, error and bits together, of the two around it.
   int32_t Round(float x, KltPlace place) const;
   // What a level stands for, in steps.
-  float Value(int32_t level, KltPlace place) const;
+  float Value(int32_t level, KltPlace place) const {
+    const auto of_level = static_cast<float>(level);
+    if (place.low_bits > 0) return of_level;
+    const size_t mean = std::min<size_t>(Folded(level), kKltMeans - 1);
+    return of_level + mean_[static_cast<size_t>(place.table)][mean];
+  }
   // The symbol that a level has.
   uint8_t SymbolOf(int32_t level, KltPlace place) const;
 

@@ -54,8 +54,9 @@ void KltPredictions::Get(const KltCoder& coder, size_t group, std::span<const in
     }
   }
   if (!missing.empty()) {
-    const std::vector<float> made =
-        coder.Begun(group, KltCoder::Normalized(coder.Embeddings(missing), coder.pack().hidden));
+    std::vector<float> made(missing.size() * of.width);
+    coder.Begun(group, KltCoder::Normalized(coder.Embeddings(missing), coder.pack().hidden),
+                made.data());
     std::vector<Row> made_rows;
     for (auto at = made.begin(); at != made.end(); at += static_cast<ptrdiff_t>(of.width)) {
       made_rows.push_back(

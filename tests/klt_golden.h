@@ -146,7 +146,8 @@ inline std::vector<Digest> KltLevelDigests(const KltCoder& coder, std::span<cons
   for (size_t group = 0; group < coder.groups(); ++group) {
     std::vector<float> left = coder.Gathered(group, rows);
     const std::vector<int8_t> finer = coder.Finer(group, left);
-    const std::vector<float> predicted = coder.Predict(group, side, first, position);
+    std::vector<float> predicted;
+    coder.Predict(group, side, first, position, &predicted);
     for (size_t i = 0; i < left.size(); ++i) left[i] -= predicted[i];
     coder.CodeGroup(group, position, left, finer, &code, nullptr);
     first.push_back(code.first);

@@ -47,8 +47,10 @@ class KltPredictionsTest : public testing::Test {
       const KltSide with = KltSide::OfTokens(&coder, tokens, kept);
       const KltSide without = KltSide::OfTokens(&coder, tokens, nullptr);
       for (size_t group = 0; group < coder.groups(); ++group) {
-        const std::vector<float> a = with.Begun(group);
-        const std::vector<float> b = without.Begun(group);
+        std::vector<float> a;
+        std::vector<float> b;
+        with.Begun(group, &a);
+        without.Begun(group, &b);
         ASSERT_EQ(a.size(), b.size());
         EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size() * sizeof(float)), 0)
             << "block " << block << ", group " << group;

@@ -103,7 +103,7 @@ std::vector<Seen> Look(const KltCoder& coder, const KltBlock& block, int positio
   std::vector<Seen> seen(coder.groups());
   for (size_t group = 0; group < coder.groups(); ++group) {
     Seen& of = seen[group];
-    of.predicted = coder.Predict(group, side, first, position);
+    coder.Predict(group, side, first, position, &of.predicted);
     std::vector<float> left = coder.Gathered(group, block.rows);
     const std::vector<int8_t> finer = coder.Finer(group, left);
     for (size_t i = 0; i < left.size(); ++i) left[i] -= of.predicted[i];
