@@ -1,5 +1,6 @@
 #include "kernels/ordered_gemm.h"
 
+#include <algorithm>
 #include <bit>
 #include <new>
 
@@ -9,6 +10,11 @@
 
 namespace kvant::kernels {
 namespace {
+
+// An input of which more than this share of the rows is not 0 is faster with its zeros.
+constexpr double kDense = 0.55;
+// Inputs that must be saved for two products to be worth it.
+constexpr double kWorthwhile = 4;
 
 bool AllBf16(const float* weights, size_t count) {
   uint32_t lost = 0;
@@ -89,7 +95,42 @@ void OrderedMultiply(const OrderedProduct& product) {
 }
 
 void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x, float* out) {
-  ActiveImplementation().ordered_add_sparse(weights, x, out);
+  thread_local std::vector<uint32_t> terms_of;  // [inputs]
+  terms_of.assign(static_cast<size_t>(weights.inputs()), 0);
+  for (size_t t = 0; t < x.terms(); ++t) ++terms_of[x.inputs()[t]];
+  // Inputs come in order, so the first of them may be multiplied with their zeros before the others
+  // are without: as many as that saves most time for.
+  size_t dense = 0;
+  double most = 0;
+  double saved = 0;
+  for (size_t input = 0; input < terms_of.size(); ++input) {
+    saved += terms_of[input] - kDense * static_cast<double>(x.rows());
+    if (saved <= most) continue;
+    most = saved;
+    dense = input + 1;
+  }
+  if (most < kWorthwhile * static_cast<double>(x.rows())) {
+    ActiveImplementation().ordered_add_sparse(weights, x, out);
+    return;
+  }
+  thread_local std::vector<float> first;
+  thread_local SparseRows rest;
+  first.assign(x.rows() * dense, 0);
+  rest.Clear();
+  for (size_t r = 0; r < x.rows(); ++r) {
+    for (size_t t = x.begin()[r]; t < x.begin()[r + 1]; ++t) {
+      const size_t input = x.inputs()[t];
+      if (input < dense) {
+        first[r * dense + input] = x.factors()[t];
+      } else {
+        rest.Add(input, x.factors()[t]);
+      }
+    }
+    rest.EndRow();
+  }
+  OrderedMultiplyAdd(weights, first.data(), static_cast<int>(x.rows()), static_cast<int>(dense),
+                     out);
+  ActiveImplementation().ordered_add_sparse(weights, rest, out);
 }
 
 void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, float* out) {

@@ -96,9 +96,10 @@ class SparseRows {
 };
 inline constexpr int kMostSparseInputs = 1 << 16;
 
-// out[x.rows()][outputs] += x W^T, as OrderedMultiplyAdd of rows with zeros in all other places but
-// for one thing: a zero adds nothing to a sum, where fma(0, w, -0) would be 0. In turn, what is
-// left out costs nothing. REQUIRES: out does not overlap x; x's inputs are the weights'.
+// out[x.rows()][outputs] += x W^T, as OrderedMultiplyAdd of rows with zeros in all other places, at
+// the cost of the other terms alone. Only where all of a sum's terms are zeros, the sign of a zero
+// that it begins at may remain, and does so on every machine or on none.
+// REQUIRES: out does not overlap x; x's inputs are the weights'.
 void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x, float* out);
 
 // One product as an implementation takes it.

@@ -172,6 +172,7 @@ void KltCoder::PlacesOf(size_t group, size_t cut, int position, std::span<const 
   for (size_t token = 0; token < sinks; ++token) {
     // The first cut says all there is of a sink.
     const std::vector<float>& deviation = basis.sink_deviation[token == 0 ? 0 : 1];
+    places->BeginToken({});
     for (size_t c = 0; c < deviation.size() && cut == 0; ++c)
       places->Add(c, FirstPlace(KltQuarters(deviation[c], pack_.sink_step)));
     places->EndToken();
@@ -181,7 +182,7 @@ void KltCoder::PlacesOf(size_t group, size_t cut, int position, std::span<const 
     const Prefix& prefix = PrefixOf(group, cut, tokens[token]);
     const int more = tokens[token].quarters();
     const size_t begin = places->coded();
-    places->AddFirst(prefix.table);
+    places->BeginToken(prefix.table);
     for (size_t c = 0; c < prefix.with_low_bits; ++c) {
       places->low_bits[begin + c] = static_cast<uint8_t>(FirstPlace(quarters[c] + more).low_bits);
     }
@@ -201,23 +202,33 @@ void KltCoder::PlacesOf(size_t group, size_t cut, int position, std::span<const 
 }
 
 void KltCoder::Refine(size_t cut, int position, std::span<const KltToken> tokens,
-                      const KltPlaces& places, std::span<const int32_t> levels,
-                      KltValues* values) const {
-  size_t i = 0;
+                      const KltPlaces& places, const KltLevelsRead& read, KltValues* values) const {
+  constexpr size_t kWord = 64;
+  size_t begin = 0;
   for (size_t token = 0; token < kBlockTokens; ++token) {
     const float step = StepAt(cut, position, tokens, token);
-    for (; i < places.end[token]; ++i) {
+    KltValues::Token of = values->At(token);
+    const auto add = [&](size_t i) {
       const size_t c = places.coefficient[i];
-      const bool here = cut > 0 && values->Here(token, c);
-      if (levels[i] == 0 && !here) continue;
-      const float value = levels_.Value(levels[i], places.At(i)) * step;
-      if (here) {
+      const int32_t level = read.levels[i];
+      const float value = levels_.Value(level, places.At(i)) * step;
+      if (of.Here(c)) {
         // What refines a level counts away from zero.
-        values->Add(token, c, values->Below(token, c) ? -value : value);
-      } else {
-        values->Begin(token, c, value, levels[i] < 0);
+        of.Add(c, of.Below(c) ? -value : value);
+      } else if (level != 0) {
+        of.Begin(c, value, level < 0);
       }
+    };
+    // What says nothing and was not found before is passed over, a word at a time.
+    const size_t first = places.first[token];
+    for (size_t c = 0; c < first; c += kWord) {
+      uint64_t bits = read.Maybe(begin + c) | of.HereWord(c / kWord);
+      if (first - c < kWord) bits &= (uint64_t{1} << (first - c)) - 1;
+      for (; bits != 0; bits &= bits - 1)
+        add(begin + c + static_cast<size_t>(std::countr_zero(bits)));
     }
+    for (size_t i = begin + first; i < places.end[token]; ++i) add(i);
+    begin = places.end[token];
   }
 }
 
@@ -308,23 +319,27 @@ void KltCoder::CodeGroup(size_t group, int position, std::span<const float> left
     Code::OfCut& of = code->cuts[cut];
     PlacesOf(group, cut, position, code->tokens, code->values, &of.places);
     of.rounded.resize(of.places.coded());
-    of.levels.resize(of.places.coded());
+    of.read.levels.resize(of.places.coded());
+    of.read.maybe.assign(of.places.coded() / 64 + 2, 0);
     size_t i = 0;
     for (size_t token = 0; token < kBlockTokens; ++token) {
       const float steps = 1 / StepAt(cut, position, code->tokens, token);
       const float* exact = code->coefficients.data() + token * count;
+      const KltValues::Token before = code->values.At(token);
       for (; i < of.places.end[token]; ++i) {
         const size_t c = of.places.coefficient[i];
         float away = exact[c];
-        if (cut > 0 && code->values.Here(token, c)) {
-          away -= code->values.At(token, c);
-          if (code->values.Below(token, c)) away = -away;
+        if (cut > 0 && before.Here(c)) {
+          away -= before.At(c);
+          if (before.Below(c)) away = -away;
         }
         of.rounded[i] = away * steps;
-        of.levels[i] = levels_.Round(of.rounded[i], of.places.At(i));
+        const int32_t level = levels_.Round(of.rounded[i], of.places.At(i));
+        of.read.levels[i] = level;
+        of.read.maybe[i / 64] |= static_cast<uint64_t>(level != 0) << (i % 64);
       }
     }
-    Refine(cut, position, code->tokens, of.places, of.levels, &code->values);
+    Refine(cut, position, code->tokens, of.places, of.read, &code->values);
     if (cut == 0) code->first = Leading(group, code->values);
     if (watch != nullptr) (*watch)(cut, *code);
   }
@@ -348,7 +363,7 @@ void KltCoder::Encode(const KltSide& side, int position, const Rows& exact,
       if (cut == 0) {
         for (const KltToken token : code.tokens) extent.push_back(ByteOf(token));
       }
-      levels_.Write(code.cuts[cut].levels, code.cuts[cut].places, &extent);
+      levels_.Write(code.cuts[cut].read.levels, code.cuts[cut].places, &extent);
     }
   }
 }
@@ -361,13 +376,13 @@ Result<std::span<const float>> KltReader::Read(
   // Of the group under work; as large as what is made of it.
   struct Scratch {
     KltPlaces places;
-    std::vector<int32_t> levels;
+    KltLevelsRead read;
     KltValues values;
     kernels::SparseRows terms;
     std::vector<float> rows;
   };
   thread_local Scratch scratch;
-  auto& [places, levels, values, terms, rows] = scratch;
+  auto& [places, read, values, terms, rows] = scratch;
   KV_CHECK(!extents.empty() && extents.size() <= coder_.cuts());
   const KltBasis& basis = coder_.transform().bases[group];
   if (extents[0].size() < kBlockTokens)
@@ -382,8 +397,8 @@ Result<std::span<const float>> KltReader::Read(
   for (size_t cut = 0; cut < extents.size(); ++cut) {
     coder_.PlacesOf(group, cut, position_, tokens, values, &places);
     const auto coded = cut == 0 ? extents[0].subspan(kBlockTokens) : extents[cut];
-    KV_RETURN_IF_ERROR(coder_.levels_.Read(coded, places, &levels));
-    coder_.Refine(cut, position_, tokens, places, levels, &values);
+    KV_RETURN_IF_ERROR(coder_.levels_.Read(coded, places, &read));
+    coder_.Refine(cut, position_, tokens, places, read, &values);
     if (cut == 0 && predicts) first_[group] = coder_.Leading(group, values);
   }
   coder_.Predict(group, side_, first_, position_, &rows);

@@ -72,8 +72,8 @@ class KltCoder {
   struct Code {
     struct OfCut {
       KltPlaces places;
-      std::vector<float> rounded;   // [coded], in steps, before rounding
-      std::vector<int32_t> levels;  // [coded]
+      std::vector<float> rounded;  // [coded], in steps, before rounding
+      KltLevelsRead read;          // as a reader has it
     };
     std::vector<KltToken> tokens;     // [kBlockTokens]
     std::vector<float> coefficients;  // [kBlockTokens][coefficients]
@@ -139,7 +139,7 @@ class KltCoder {
   kernels::SparseRows Leading(size_t group, const KltValues& values) const;
   // Adds a cut's levels.
   void Refine(size_t cut, int position, std::span<const KltToken> tokens, const KltPlaces& places,
-              std::span<const int32_t> levels, KltValues* values) const;
+              const KltLevelsRead& read, KltValues* values) const;
   float StepAt(size_t cut, int position, std::span<const KltToken> tokens, size_t token) const {
     return token < Sinks(position) ? pack_.sink_step : StepOf(tokens[token], this->cut(cut).step);
   }

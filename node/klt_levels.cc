@@ -1,6 +1,8 @@
 #include "node/klt_levels.h"
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -18,7 +20,11 @@ namespace {
 // (Gish and Pierce 1968, "Asymptotically efficient quantizing", section III).
 constexpr float kBitsWorth = 0.1155F;
 constexpr int kEscapeBits = 22;  // of what follows a last symbol
-constexpr int kEscape = kKltSymbols - 1;
+// Of eight bytes at once: their lower bits, what gathers the lowest of each, and escapes.
+constexpr uint64_t kLow7 = 0x7F7F7F7F7F7F7F7FU;
+constexpr uint64_t kGather = 0x0102040810204080U;
+constexpr uint64_t kEscapes = 0x0101010101010101U * (kKltSymbols - 1);
+static_assert(std::endian::native == std::endian::little);
 constexpr float kNever = 1e6F;  // bits of a symbol that can't be coded
 
 Status Malformed(std::string_view what) {
@@ -67,6 +73,7 @@ bool KltTableRefines(size_t table) {
 
 void KltPlaces::Clear() {
   end.clear();
+  first.clear();
   coefficient.clear();
   table.clear();
   low_bits.clear();
@@ -79,12 +86,13 @@ void KltPlaces::Add(size_t of_coefficient, KltPlace place) {
   low_bits.push_back(static_cast<uint8_t>(place.low_bits));
 }
 
-void KltPlaces::AddFirst(std::span<const uint8_t> tables) {
+void KltPlaces::BeginToken(std::span<const uint8_t> tables) {
+  first.push_back(tables.size());
   table.insert(table.end(), tables.begin(), tables.end());
   low_bits.resize(table.size());
-  const size_t first = coefficient.size();
+  const auto begin = static_cast<ptrdiff_t>(coefficient.size());
   coefficient.resize(table.size());
-  std::iota(coefficient.begin() + static_cast<ptrdiff_t>(first), coefficient.end(), uint16_t{0});
+  std::iota(coefficient.begin() + begin, coefficient.end(), uint16_t{0});
 }
 
 std::byte ByteOf(KltToken token) {
@@ -139,13 +147,6 @@ KltLevels::KltLevels(const KltStatistics& statistics) : mean_(statistics.mean) {
   decode_tables_.Assign(statistics.tables);
 }
 
-uint8_t KltLevels::SymbolOf(int32_t level, KltPlace place) const {
-  const uint32_t high = std::min<uint32_t>(Folded(level) >> place.low_bits, kEscape);
-  // What calibration never saw has no frequency.
-  const bool coded = coded_.empty() || coded_[static_cast<size_t>(place.table)][high];
-  return static_cast<uint8_t>(coded ? high : kEscape);
-}
-
 float KltLevels::Bits(int32_t level, KltPlace place) const {
   return bits_[static_cast<size_t>(place.table)][SymbolOf(level, place)];
 }
@@ -158,19 +159,14 @@ bool KltLevels::LowerCostsLess(float x, int32_t below, KltPlace place) const {
   return cost(below) < cost(below + 1);
 }
 
-int32_t KltLevels::Round(float x, KltPlace place) const {
+int32_t KltLevels::RoundAny(float x, KltPlace place) const {
   constexpr auto kMost = static_cast<float>(kKltLargestLevel - 1);
   // What is no number, of a state that overflowed, goes somewhere as well.
   const float clamped = x > -kMost ? std::min(x, kMost) : -kMost;
   if (parted_.empty() || place.low_bits > 0)
     return static_cast<int32_t>(std::floor(clamped + 0.5F));
   const auto below = static_cast<int32_t>(std::floor(clamped));
-  const int32_t at = below - kFirstParted;
-  const bool lower =
-      at >= 0 && at < kParted
-          ? clamped < parted_[static_cast<size_t>(place.table)][static_cast<size_t>(at)]
-          : LowerCostsLess(clamped, below, place);
-  return lower ? below : below + 1;
+  return LowerCostsLess(clamped, below, place) ? below : below + 1;
 }
 
 void KltLevels::Write(std::span<const int32_t> levels, const KltPlaces& places,
@@ -196,39 +192,54 @@ void KltLevels::Write(std::span<const int32_t> levels, const KltPlaces& places,
 }
 
 Status KltLevels::Read(std::span<const std::byte> in, const KltPlaces& places,
-                       std::vector<int32_t>* levels) const {
+                       KltLevelsRead* read) const {
   if (in.size() < sizeof(uint32_t)) return Malformed("an extent is too short");
   const auto stream_bytes = LoadLittle<uint32_t>(in.data());
   in = in.subspan(sizeof(uint32_t));
   if (stream_bytes > in.size()) return Malformed("its symbols are longer than an extent");
   const size_t coded = places.coded();
-  std::vector<uint8_t> symbols(coded);
+  // Zeros behind them, to be looked at eight at a time.
+  thread_local std::vector<uint8_t> symbols;
+  symbols.assign(coded + sizeof(uint64_t), 0);
   KV_RETURN_IF_ERROR(kernels::RansDecode(kernels::ActiveImplementation(), decode_tables_,
-                                         places.table.data(), in.first(stream_bytes), symbols));
+                                         places.table.data(), in.first(stream_bytes),
+                                         std::span(symbols).first(coded)));
+  static constexpr std::array<int32_t, kKltSymbols> kUnfolded = [] {
+    std::array<int32_t, kKltSymbols> unfolded{};
+    for (uint32_t symbol = 0; symbol < kKltSymbols; ++symbol) unfolded[symbol] = Unfolded(symbol);
+    return unfolded;
+  }();
+  read->levels.resize(coded);
+  for (size_t i = 0; i < coded; ++i) read->levels[i] = kUnfolded[symbols[i] % kKltSymbols];
+  read->maybe.assign(coded / 64 + 2, 0);
   BitReader low(in.subspan(stream_bytes));
-  levels->assign(coded, 0);
-  for (size_t i = 0; i < coded; ++i) {
-    // Most are 0 and have no low bits: eight of them at once.
-    if (i + sizeof(uint64_t) <= coded) {
-      uint64_t any = 0;
-      uint64_t bits = 0;
-      std::memcpy(&any, symbols.data() + i, sizeof(any));
-      std::memcpy(&bits, places.low_bits.data() + i, sizeof(bits));
-      if ((any | bits) == 0) {
-        i += sizeof(uint64_t) - 1;
-        continue;
+  for (size_t i = 0; i < coded; i += sizeof(uint64_t)) {
+    uint64_t eight = 0;
+    uint64_t eight_bits = 0;
+    const size_t count = std::min(sizeof(uint64_t), coded - i);
+    std::memcpy(&eight, symbols.data() + i, sizeof(eight));
+    std::memcpy(&eight_bits, places.low_bits.data() + i, count);
+    // Bits 8 j + 7 of bytes that are not 0, gathered.
+    const uint64_t any = eight | eight_bits;
+    const uint64_t flags = (((any & kLow7) + kLow7) | any) & ~kLow7;
+    read->maybe[i / 64] |= ((flags >> 7) * kGather >> 56) << (i % 64);
+    // Those that say more than a symbol: most have none among them.
+    const uint64_t escaped = eight ^ kEscapes;
+    const uint64_t plain = ((escaped & kLow7) + kLow7) | escaped;
+    if (eight_bits == 0 && (~plain & ~kLow7) == 0) continue;
+    for (size_t at = i; at < i + count; ++at) {
+      const int bits = places.low_bits[at];
+      if (bits == 0 && symbols[at] != kEscape) continue;
+      // An escaped number and its low bits take 42.
+      uint64_t folded = symbols[at];
+      if (folded == kEscape) folded = low.Take(kEscapeBits);
+      if (bits > 0) folded = folded << bits | low.Take(bits);
+      if (low.overrun()) return Malformed("low bits end too early");
+      if (folded > 2U * static_cast<uint32_t>(kKltLargestLevel)) {
+        return Malformed("a level is too large");
       }
+      read->levels[at] = Unfolded(static_cast<uint32_t>(folded));
     }
-    const int bits = places.low_bits[i];
-    // An escaped number and its low bits take 42.
-    uint64_t folded = symbols[i];
-    if (folded == kEscape) folded = low.Take(kEscapeBits);
-    if (bits > 0) folded = folded << bits | low.Take(bits);
-    if (low.overrun()) return Malformed("low bits end too early");
-    if (folded > 2U * static_cast<uint32_t>(kKltLargestLevel)) {
-      return Malformed("a level is too large");
-    }
-    (*levels)[i] = Unfolded(static_cast<uint32_t>(folded));
   }
   if (!low.AtEnd()) return Malformed("bytes are left over");
   return OkStatus();

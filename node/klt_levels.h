@@ -50,6 +50,7 @@ KltPlace RefinedPlace(int refinement, bool significant, int quarters);
 // coefficient. Value.
 struct KltPlaces {
   std::vector<size_t> end;            // [tokens]: behind those of each
+  std::vector<size_t> first;          // [tokens]: so many of them are the coefficients 0, 1, 2, ...
   std::vector<uint16_t> coefficient;  // [coded]
   std::vector<uint8_t> table;         // [coded], of KltPlace
   std::vector<uint8_t> low_bits;      // [coded], of KltPlace
@@ -59,9 +60,21 @@ struct KltPlaces {
   void Clear();
   // To the token under work; a place without a table is left out.
   void Add(size_t of_coefficient, KltPlace place);
-  // The token's first coefficients, of these tables, without low bits.
-  void AddFirst(std::span<const uint8_t> tables);
+  // The first coefficients of a token, of these tables, without low bits. Before any others of it.
+  void BeginToken(std::span<const uint8_t> tables);
   void EndToken() { end.push_back(coded()); }
+};
+
+// Levels at such places as they were read. Value.
+struct KltLevelsRead {
+  std::vector<int32_t> levels;  // [coded]
+  std::vector<uint64_t> maybe;  // a bit for each of them, the lowest first: not set where it is 0
+  // Bits [at, at + 64).
+  uint64_t Maybe(size_t at) const {
+    const size_t shift = at % 64;
+    const uint64_t low = maybe[at / 64] >> shift;
+    return shift == 0 ? low : low | maybe[at / 64 + 1] << (64 - shift);
+  }
 };
 
 // How a token of a group differs from most: its step is finer by half octaves, because more
@@ -84,10 +97,10 @@ float StepOf(KltToken token, float step);
 
 // Larger levels are clamped: 2^20 steps are beyond what a float's mantissa tells apart.
 inline constexpr int32_t kKltLargestLevel = 1 << 20;
-inline uint32_t Folded(int32_t level) {
+constexpr uint32_t Folded(int32_t level) {
   return level > 0 ? 2 * static_cast<uint32_t>(level) - 1 : 2 * static_cast<uint32_t>(-level);
 }
-inline int32_t Unfolded(uint32_t folded) {
+constexpr int32_t Unfolded(uint32_t folded) {
   return (folded & 1U) != 0 ? static_cast<int32_t>((folded + 1) / 2)
                             : -static_cast<int32_t>(folded / 2);
 }
@@ -110,7 +123,15 @@ class KltLevels {
   explicit KltLevels(const KltStatistics& statistics);
 
   // The level of x (in steps) that costs least, error and bits together, of the two around it.
-  int32_t Round(float x, KltPlace place) const;
+  int32_t Round(float x, KltPlace place) const {
+    constexpr auto kNear = static_cast<float>(-kFirstParted - 1);
+    if (parted_.empty() || place.low_bits > 0 || !(x > -kNear && x < kNear))
+      return RoundAny(x, place);
+    const auto toward_zero = static_cast<int32_t>(x);
+    const int32_t below = toward_zero - (x < static_cast<float>(toward_zero) ? 1 : 0);
+    const auto& parted = parted_[static_cast<size_t>(place.table)];
+    return x < parted[static_cast<size_t>(below - kFirstParted)] ? below : below + 1;
+  }
   // What a level stands for, in steps.
   float Value(int32_t level, KltPlace place) const {
     const auto of_level = static_cast<float>(level);
@@ -119,22 +140,28 @@ class KltLevels {
     return of_level + mean_[static_cast<size_t>(place.table)][mean];
   }
   // The symbol that a level has.
-  uint8_t SymbolOf(int32_t level, KltPlace place) const;
+  uint8_t SymbolOf(int32_t level, KltPlace place) const {
+    const uint32_t high = std::min<uint32_t>(Folded(level) >> place.low_bits, kEscape);
+    // What calibration never saw has no frequency.
+    const bool coded = coded_.empty() || coded_[static_cast<size_t>(place.table)][high];
+    return static_cast<uint8_t>(coded ? high : kEscape);
+  }
 
   // Appends levels [places.coded()] to `out`.
   void Write(std::span<const int32_t> levels, const KltPlaces& places,
              std::vector<std::byte>* out) const;
   // Reads what Write made of as many levels at these places, and that takes all of `in`.
-  // kDataLoss: it is something else; `levels` are undefined then.
-  Status Read(std::span<const std::byte> in, const KltPlaces& places,
-              std::vector<int32_t>* levels) const;
+  // kDataLoss: it is something else; what was read is undefined then.
+  Status Read(std::span<const std::byte> in, const KltPlaces& places, KltLevelsRead* read) const;
 
  private:
   // Levels between which rounding is a comparison: below the one level, or else the next.
   static constexpr int32_t kFirstParted = -32;
   static constexpr int32_t kParted = 64;
+  static constexpr int kEscape = kKltSymbols - 1;
 
   float Bits(int32_t level, KltPlace place) const;
+  int32_t RoundAny(float x, KltPlace place) const;
   bool LowerCostsLess(float x, int32_t below, KltPlace place) const;
 
   std::array<std::array<float, kKltMeans>, kKltTables> mean_;

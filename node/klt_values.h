@@ -23,20 +23,36 @@ class KltValues {
   size_t tokens() const { return tokens_; }
   size_t coefficients() const { return coefficients_; }
 
-  bool Here(size_t token, size_t c) const { return (WordOf(here_, token, c) & BitOf(c)) != 0; }
-  // Whether its first level was below 0. REQUIRES: it is here.
-  bool Below(size_t token, size_t c) const { return (WordOf(below_, token, c) & BitOf(c)) != 0; }
-  float At(size_t token, size_t c) const {
-    return Here(token, c) ? values_[token * coefficients_ + c] : 0.0F;
+  // Those of one token, to be read and set.
+  class Token {
+   public:
+    bool Here(size_t c) const { return (here_[c / kWord] & BitOf(c)) != 0; }
+    // Whether its first level was below 0. REQUIRES: it is here.
+    bool Below(size_t c) const { return (below_[c / kWord] & BitOf(c)) != 0; }
+    // REQUIRES: it is here.
+    float At(size_t c) const { return values_[c]; }
+    void Add(size_t c, float value) { values_[c] += value; }
+    // Of the coefficients [64 word, 64 word + 64), the lowest first.
+    uint64_t HereWord(size_t word) const { return here_[word]; }
+    // REQUIRES: it is not here.
+    void Begin(size_t c, float value, bool below) {
+      here_[c / kWord] |= BitOf(c);
+      if (below) below_[c / kWord] |= BitOf(c);
+      values_[c] = value;
+    }
+
+   private:
+    friend class KltValues;
+    Token(uint64_t* here, uint64_t* below, float* values)
+        : here_(here), below_(below), values_(values) {}
+    uint64_t* here_;
+    uint64_t* below_;
+    float* values_;
+  };
+  Token At(size_t token) {
+    return {here_.data() + token * words_, below_.data() + token * words_,
+            values_.data() + token * coefficients_};
   }
-  // REQUIRES: it is not here.
-  void Begin(size_t token, size_t c, float value, bool below) {
-    here_[token * words_ + c / kWord] |= BitOf(c);
-    if (below) below_[token * words_ + c / kWord] |= BitOf(c);
-    values_[token * coefficients_ + c] = value;
-  }
-  // REQUIRES: it is here.
-  void Add(size_t token, size_t c, float value) { values_[token * coefficients_ + c] += value; }
 
   // Calls of(c, value) for a token's coefficients that are here, from `first` on, ascending.
   template <typename Of>
@@ -62,9 +78,6 @@ class KltValues {
  private:
   static constexpr size_t kWord = 64;
   static uint64_t BitOf(size_t c) { return uint64_t{1} << (c % kWord); }
-  uint64_t WordOf(const std::vector<uint64_t>& of, size_t token, size_t c) const {
-    return of[token * words_ + c / kWord];
-  }
 
   size_t tokens_ = 0;
   size_t coefficients_ = 0;

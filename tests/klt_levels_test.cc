@@ -114,9 +114,9 @@ TEST_F(KltLevelsTest, PlacesOfExtremesExist) {
       const std::vector<int32_t> written(coded.coded(), kKltLargestLevel);
       std::vector<std::byte> bytes;
       levels.Write(written, coded, &bytes);
-      std::vector<int32_t> read;
+      KltLevelsRead read;
       ASSERT_TRUE(levels.Read(bytes, coded, &read).ok());
-      EXPECT_EQ(read, written);
+      EXPECT_EQ(read.levels, written);
     }
   }
 }
@@ -143,10 +143,16 @@ TEST_F(KltLevelsTest, ReadsWhatItWrote) {
     for (int32_t& level : written) level = random_.Chance(0.1) ? RandomLevel() : 0;
     std::vector<std::byte> bytes(3);  // Write appends
     levels.Write(written, places, &bytes);
-    std::vector<int32_t> read(7, -1);
+    KltLevelsRead read;
+    read.levels.assign(7, -1);
     const Status status = levels.Read(std::span(bytes).subspan(3), places, &read);
     ASSERT_TRUE(status.ok()) << status.ToString();
-    EXPECT_EQ(read, written);
+    EXPECT_EQ(read.levels, written);
+    for (size_t i = 0; i < written.size(); ++i) {
+      const bool maybe = (read.Maybe(i) & 1U) != 0;
+      EXPECT_TRUE(maybe || written[i] == 0);
+      EXPECT_EQ(read.Maybe(i / 64 * 64) >> (i % 64) & 1U, maybe ? 1U : 0U);
+    }
   }
 }
 
@@ -209,9 +215,9 @@ class KltEscapes : public KltLevelsTest {
     EXPECT_EQ(levels.SymbolOf(kKltLargestLevel, place), kKltSymbols - 1);
     bytes.resize(sizeof(uint32_t) + LoadLittle<uint32_t>(bytes.data()));
     for (int bit = 0; bit < bits; bit += 8) bytes.push_back(static_cast<std::byte>(low >> bit));
-    std::vector<int32_t> read;
+    KltLevelsRead read;
     KV_RETURN_IF_ERROR(levels.Read(bytes, places, &read));
-    *level = read.front();
+    *level = read.levels.front();
     return OkStatus();
   }
 };
@@ -240,7 +246,7 @@ TEST_F(KltEscapes, BytesThatLackOrAreLeftOverAreRefused) {
   EXPECT_THAT(ReadEscaped({0, 0}, 5, 32, &level).message(), HasSubstr("left over"));
   const KltLevels levels(statistics_);
   std::vector<std::byte> bytes(3);
-  std::vector<int32_t> read;
+  KltLevelsRead read;
   EXPECT_THAT(levels.Read(bytes, {}, &read).message(), HasSubstr("too short"));
   bytes.resize(sizeof(uint32_t));
   StoreLittle(bytes.data(), uint32_t{1});

@@ -215,6 +215,18 @@ TEST(OrderedGemmTest, ZerosMayBeLeftOut) {
   }
 }
 
+TEST(OrderedGemmTest, WhetherManyOrFewAreLeftOut) {
+  Random random(49);
+  for (const double share : {0.0, 0.01, 0.45, 0.6, 1.0}) {
+    SparseCase made = MakeSparseCase(64, 300, 200, true, 0, share, &random);
+    for (float& held : made.dense.held) held = held == 0 ? 1 : held;
+    const OrderedWeights weights(made.dense.weights.data(), 200, 300);
+    std::vector<float> out = made.dense.held;
+    OrderedMultiplyAdd(weights, made.x, out.data());
+    EXPECT_TRUE(SameBits(out, DefinedProduct(made.dense, OrderedStart::kHeld))) << share;
+  }
+}
+
 TEST(OrderedGemmTest, WhatIsLeftOutLeavesSumsAsTheyAre) {
   const float weight[] = {1, 1};
   const OrderedWeights weights(weight, 1, 2);
