@@ -358,10 +358,13 @@ void TierLink::EndOrHold(OpId op) {
 }
 
 bool TierLink::IsOver(const Operation& operation) {
+  // What a block awaited may be there, and not seen yet by Resume.
+  const auto waits = [](const BlockArrival& arrival) {
+    const CachedBlock& block = *arrival.block();
+    return block.failed.ok() && (block.awaits_entering() || arrival.has_whole());
+  };
   return operation.arrived && operation.decoding == 0 &&
-         std::none_of(
-             operation.arrivals.begin(), operation.arrivals.end(),
-             [](const BlockArrival& arrival) { return arrival.block()->awaits_entering(); });
+         std::none_of(operation.arrivals.begin(), operation.arrivals.end(), waits);
 }
 
 void TierLink::Resume() {
