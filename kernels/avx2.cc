@@ -14,6 +14,8 @@
 
 #include "base/check.h"
 #include "kernels/float_formats.h"
+#include "kernels/quad_dot.h"
+#include "kernels/tile_format.h"
 
 #define KV_LANE_BYTES 32
 
@@ -29,7 +31,9 @@ namespace {
 #include "kernels/loops.inc"
 #include "kernels/ordered_gemm_avx2.inc"
 #include "kernels/ordered_gemm_loops.inc"
+#include "kernels/quad_dot_avx2.inc"
 #include "kernels/rans_avx2.inc"
+void QuadDotAll(const QuadDot& dot) { QuadDotPairs(dot); }
 }  // namespace
 }  // namespace kvant::kernels
 

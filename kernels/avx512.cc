@@ -14,6 +14,8 @@
 
 #include "base/check.h"
 #include "kernels/float_formats.h"
+#include "kernels/quad_dot.h"
+#include "kernels/tile_format.h"
 
 #define KV_LANE_BYTES 64
 
@@ -32,6 +34,8 @@ namespace {
 #include "kernels/loops.inc"
 #include "kernels/ordered_gemm_avx512.inc"
 #include "kernels/ordered_gemm_loops.inc"
+#include "kernels/quad_dot_avx2.inc"
+#include "kernels/quad_dot_avx512.inc"
 #include "kernels/rans_avx512.inc"
 }  // namespace
 }  // namespace kvant::kernels

@@ -74,8 +74,8 @@ struct Codec {
   // Bytes of range `cut` of a segment.
   size_t (*range_bytes)(SegmentKind, const SegmentShape&, int cut);
   // Writes all ranges. x: [tokens][kv_heads][head_dim], finite; magnitudes that a format can't hold
-  // are clamped to its largest. max_error[cuts] takes a bound on the absolute reconstruction error
-  // at each cut, at most one unit in the last place above the largest error.
+  // are clamped to its largest. max_error: nullptr, or [cuts], which takes a bound on the absolute
+  // reconstruction error at each cut, at most one unit in the last place above the largest error.
   void (*encode)(SegmentKind, const SegmentShape&, const float* x, const MutableSegmentRanges& out,
                  float* max_error);
   // The only entry for bytes that nobody vouches for: kDataLoss when they are not well-formed (a

@@ -79,6 +79,7 @@ void Encode(SegmentKind kind, const SegmentShape& shape, const float* x,
     }
   }
   // The difference was rounded; one step up makes it a bound. 0 means exact.
+  if (max_error == nullptr) return;
   max_error[0] = error == 0.0F ? 0.0F : std::nextafter(error, std::numeric_limits<float>::max());
 }
 

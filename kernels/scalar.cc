@@ -9,6 +9,8 @@
 
 #include "base/check.h"
 #include "kernels/float_formats.h"
+#include "kernels/quad_dot.h"
+#include "kernels/tile_format.h"
 
 #define KV_LANE_BYTES 16
 
@@ -16,6 +18,7 @@ namespace kvant::kernels {
 namespace {
 #include "kernels/loops.inc"
 #include "kernels/ordered_gemm_scalar.inc"
+#include "kernels/quad_dot_scalar.inc"
 }  // namespace
 
 const Implementation kScalar = {

@@ -17,7 +17,8 @@ inline constexpr TileFormat kTile8Format = {4, false};
 inline constexpr TileFormat kTile4Format = {2, true};
 
 inline constexpr int kTileCuts = 2;
-inline constexpr int kKeyTokenStep = 16;           // a channel's codes fill whole steps of tokens
+inline constexpr int kQuad = 4;  // codes that are multiplied and added as one, side by side
+inline constexpr int kKeyTokenStep = 16;           // a quad's codes fill whole steps of tokens
 inline constexpr int kValueGroup = 64;             // channels that share a value scale
 inline constexpr size_t kScaleBytes = 2;           // bf16
 inline constexpr float kTileLargest = 0x1p120F;    // magnitudes are clamped to it
@@ -29,6 +30,15 @@ constexpr size_t PlaneBytes(const TileFormat& format, int codes) {
 }
 constexpr int PaddedTokens(int tokens) {
   return (tokens + kKeyTokenStep - 1) / kKeyTokenStep * kKeyTokenStep;
+}
+constexpr int TokenQuads(int tokens) { return (tokens + kQuad - 1) / kQuad; }
+// Codes of a row of a plane, and rows: a quad of channels with all tokens, or a quad of tokens with
+// all channels.
+constexpr int RowCodes(SegmentKind kind, const SegmentShape& shape) {
+  return kQuad * (kind == SegmentKind::kKey ? PaddedTokens(shape.tokens) : shape.head_dim);
+}
+constexpr int CodeRows(SegmentKind kind, const SegmentShape& shape) {
+  return kind == SegmentKind::kKey ? shape.head_dim / kQuad : TokenQuads(shape.tokens);
 }
 constexpr int ValueGroups(int head_dim) { return (head_dim + kValueGroup - 1) / kValueGroup; }
 
@@ -42,10 +52,7 @@ constexpr size_t ScaleBytes(const TileFormat& format, SegmentKind kind, const Se
 }
 // Bytes of a head's codes in one plane.
 constexpr size_t CodeBytes(const TileFormat& format, SegmentKind kind, const SegmentShape& shape) {
-  if (kind == SegmentKind::kKey) {
-    return static_cast<size_t>(shape.head_dim) * PlaneBytes(format, PaddedTokens(shape.tokens));
-  }
-  return static_cast<size_t>(shape.tokens) * PlaneBytes(format, shape.head_dim);
+  return static_cast<size_t>(CodeRows(kind, shape)) * PlaneBytes(format, RowCodes(kind, shape));
 }
 // Bytes of one head in range `cut`.
 constexpr size_t HeadBytes(const TileFormat& format, SegmentKind kind, const SegmentShape& shape,

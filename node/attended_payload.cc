@@ -48,7 +48,8 @@ void AttendedPayload::EncodeLayer(int layer, Scope scope, const float* keys, con
   for (const SegmentKind kind : {SegmentKind::kKey, to.shape().value_kind()}) {
     float errors[kernels::kMaxCuts] = {};
     codec().encode(kind, to.shape().Of(kind), kind == SegmentKind::kKey ? keys : values,
-                   to.MutableRanges(kind, layer, payload), errors);
+                   to.MutableRanges(kind, layer, payload),
+                   max_errors != nullptr ? errors : nullptr);
     if (max_errors == nullptr) continue;
     for (size_t i = 0; i < to.rows().size(); ++i) {
       const kernels::PayloadRow& row = to.rows()[i];

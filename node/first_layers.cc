@@ -67,10 +67,9 @@ Result<bool> FirstLayers::Next(Decoder* decoder, const std::function<void()>& po
   const kernels::LayerShape& shape = layout_.shape();
   const LayerSink sink = [&](int layer, const float* keys, const float* values) {
     for (const kernels::SegmentKind kind : {kernels::SegmentKind::kKey, shape.value_kind()}) {
-      float errors[kernels::kMaxCuts] = {};
       layout_.codec().encode(kind, shape.Of(kind),
                              kind == kernels::SegmentKind::kKey ? keys : values,
-                             layout_.MutableRanges(kind, layer, made.payload.data()), errors);
+                             layout_.MutableRanges(kind, layer, made.payload.data()), nullptr);
     }
     poll();
     return OkStatus();

@@ -15,7 +15,8 @@ import sys
 
 KEYS, VALUES = 0, 1
 GROUP = 64          # channels that share a value scale
-STEP = 16           # tokens that a channel's codes fill whole steps of
+STEP = 16           # tokens that a quad's codes fill whole steps of
+QUAD = 4            # codes that stand side by side
 LARGEST, SMALLEST = 2.0 ** 120, 2.0 ** -126
 # codec id: name, bytes of a raw element (or 0), bits of a plane, whether keys have zero points
 CODECS = {1: ("raw", 2, 0, False), 2: ("tile8", 0, 4, False), 3: ("tile4", 0, 2, True),
@@ -44,7 +45,7 @@ def head_sizes(codec, kind, tokens, head_dim):
     if kind == KEYS:
         padded = -(-tokens // STEP) * STEP
         return head_dim * (4 if zeros else 2), head_dim * padded * bits // 8
-    return tokens * -(-head_dim // GROUP) * 2, tokens * head_dim * bits // 8
+    return tokens * -(-head_dim // GROUP) * 2, -(-tokens // QUAD) * QUAD * head_dim * bits // 8
 
 
 def range_bytes(codec, kind, tokens, heads, head_dim, cut):
@@ -124,17 +125,21 @@ def decode_tile(codec, kind, tokens, heads, head_dim, ranges):
         if kind == KEYS:
             scales = [read_scale(b) for b in numbers[:head_dim]]
             zeros = [read_zero(b) for b in numbers[head_dim:]] if has_zeros else [0.0] * head_dim
-            for c in range(head_dim):
-                row = next_row(-(-tokens // STEP) * STEP)
+            for first in range(0, head_dim, QUAD):
+                row = next_row(QUAD * -(-tokens // STEP) * STEP)
                 for t in range(tokens):
-                    out[(t * heads + h) * head_dim + c] = fp32(row[t] * scales[c] + zeros[c])
+                    for c in range(first, first + QUAD):
+                        value = row[QUAD * t + c - first]
+                        out[(t * heads + h) * head_dim + c] = fp32(value * scales[c] + zeros[c])
         else:
-            scales = iter([read_scale(b) for b in numbers])
-            for t in range(tokens):
-                for first in range(0, head_dim, GROUP):
-                    scale = next(scales)
-                    for c, value in enumerate(next_row(min(GROUP, head_dim - first))):
-                        out[(t * heads + h) * head_dim + first + c] = fp32(value * scale)
+            scales = [read_scale(b) for b in numbers]
+            groups = -(-head_dim // GROUP)
+            for first in range(0, tokens, QUAD):
+                row = next_row(QUAD * head_dim)
+                for t in range(first, min(first + QUAD, tokens)):
+                    for c in range(head_dim):
+                        scale = scales[t * groups + c // GROUP]
+                        out[(t * heads + h) * head_dim + c] = fp32(row[QUAD * c + t - first] * scale)
     return out
 
 
