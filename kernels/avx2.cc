@@ -53,10 +53,11 @@ bool RunsHere() {
 }  // namespace
 
 const Implementation kAvx2 = {
-    "avx2",          RunsHere,        TileEncode,      TileDecode,         AttendTileAny,
-    AttendRawTokens, Linear,          Linear,          OrderedMultiplyAll, OrderedAddSparse,
-    RmsNormRows,     SiluMultiplyAll, GeluMultiplyAll, SoftmaxAll,         RansEncodeAll,
-    RansDecodeWide,  LosslessTops,    LosslessSplit,   LosslessMerge,
+    "avx2",        RunsHere,        TileEncode,         TileDecode,
+    AttendTileAny, AttendRawTokens, OrderedMultiplyAll, OrderedAddSparse,
+    RmsNormRows,   GateAll<Silu>,   GateAll<GeluTanh>,  SoftmaxAll,
+    RansEncodeAll, RansDecodeWide,  LosslessTops,       LosslessSplit,
+    LosslessMerge,
 };
 
 }  // namespace kvant::kernels

@@ -7,7 +7,6 @@
 #include <cstdlib>
 
 #include "base/check.h"
-#include "kernels/linear.h"
 
 namespace kvant::kernels {
 namespace {

@@ -1,8 +1,20 @@
-// What is taken from OpenBLAS: one product, and for calibration a little of LAPACK
-// (dense_algebra.h).
+// What is taken from OpenBLAS, for calibration and baselines (dense_algebra.h) and to be measured
+// against: one product and a little of LAPACK.
 #pragma once
 
+#include <string>
+
+#include "base/status.h"
+
 namespace kvant::kernels {
+
+// OpenBLAS is looked up at run time, after its core type was chosen: SkylakeX where the CPU has
+// AVX-512 and the environment does not set OPENBLAS_CORETYPE. It always runs with one thread; the
+// pool splits the work. Call once from main() before any product; later calls return the first
+// result. kUnsupported: the library was not found (names the package to install).
+Status LoadBlas();
+// What OpenBLAS reports, e.g. "SkylakeX". REQUIRES: LoadBlas() was ok.
+std::string BlasCoreType();
 
 // cblas_sgemm; enums are ints in its C interface.
 inline constexpr int kBlasRowMajor = 101;
@@ -12,7 +24,7 @@ using SgemmFunction = void(int order, int transpose_a, int transpose_b, int m, i
                            float alpha, const float* a, int lda, const float* b, int ldb,
                            float beta, float* c, int ldc);
 
-// REQUIRES: LoadBlas() (linear.h) was ok.
+// REQUIRES: LoadBlas() was ok.
 SgemmFunction* LoadedSgemm();
 
 // LAPACK's eigenvectors of symmetric matrices, and solution of positive definite systems, in

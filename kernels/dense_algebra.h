@@ -1,5 +1,5 @@
 // Linear algebra of calibration: small symmetric problems in double, and products in fp32.
-// REQUIRES of all: LoadBlas() (linear.h) was ok.
+// REQUIRES of all: LoadBlas() (blas.h) was ok.
 #pragma once
 
 #include <cstddef>

@@ -29,12 +29,6 @@ struct Implementation {
                       float* out);
   void (*attend_tile)(const QueryBlock&, const LayerTile&, const Visible&);
   void (*attend_raw)(const QueryBlock&, const RawTokens&, const Visible&);
-  // y[r * y_stride + o] = dot(x[r], weight[o]); weight: bf16 [outputs][width], x: [rows][width].
-  void (*linear)(const uint16_t* weight, int outputs, int width, const float* x, int rows, float* y,
-                 size_t y_stride);
-  // The same with fp32 weights.
-  void (*linear_fp32)(const float* weight, int outputs, int width, const float* x, int rows,
-                      float* y, size_t y_stride);
   // As ordered_gemm.h says.
   void (*ordered_multiply)(const OrderedProduct&);
   void (*ordered_add_sparse)(const OrderedWeights&, const SparseRows& x, float* out);

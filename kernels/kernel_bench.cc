@@ -10,6 +10,7 @@
 #include "kernels/blas.h"
 #include "kernels/float_formats.h"
 #include "kernels/implementation.h"
+#include "kernels/linear.h"
 #include "kernels/lossless.h"
 #include "kernels/ordered_gemm.h"
 #include "kernels/payload_layout.h"
@@ -79,17 +80,6 @@ Rate MeasureRead(size_t buffer_bytes, ThreadPool* pool, Duration at_least) {
   });
 }
 
-Result<Rate> MeasurePrefillLinear(const GemmShape& shape, ThreadPool* pool, Duration at_least) {
-  KV_RETURN_IF_ERROR(LoadBlas());
-  KV_CHECK(shape.rows == kPrefillRows);
-  const std::vector<float> w = Normals(Product(shape.out_features, shape.in_features), 1);
-  const std::vector<float> x = Normals(Product(shape.rows, shape.in_features), 2);
-  std::vector<float> y(Product(shape.rows, shape.out_features));
-  const Weight weight = {nullptr, w.data(), shape.out_features, shape.in_features};
-  return Repeat(Operations(shape), at_least,
-                [&] { PrefillLinear(weight, x.data(), y.data(), pool); });
-}
-
 Result<Rate> MeasurePlainGemm(const GemmShape& shape, ThreadPool* pool, Duration at_least) {
   KV_RETURN_IF_ERROR(LoadBlas());
   const std::vector<float> w = Normals(Product(shape.out_features, shape.in_features), 1);
@@ -109,18 +99,21 @@ Result<Rate> MeasurePlainGemm(const GemmShape& shape, ThreadPool* pool, Duration
   });
 }
 
-Rate MeasureDecodeLinear(const GemmShape& shape, size_t weight_bytes, ThreadPool* pool,
-                         Duration at_least) {
+Rate MeasureLinear(const GemmShape& shape, size_t weight_bytes, ThreadPool* pool,
+                   Duration at_least) {
   const size_t elements = Product(shape.out_features, shape.in_features);
   const size_t matrices = std::max<size_t>(1, weight_bytes / (elements * sizeof(uint16_t)));
-  const std::vector<uint16_t> w(matrices * elements, ToBf16(0.5F));
+  const std::vector<uint16_t> w(elements, ToBf16(0.5F));
+  std::vector<OrderedWeights> weights;
+  for (size_t i = 0; i < matrices; ++i) {
+    weights.emplace_back(w.data(), shape.out_features, shape.in_features);
+  }
   const std::vector<float> x = Normals(Product(shape.rows, shape.in_features), 2);
   std::vector<float> y(Product(shape.rows, shape.out_features));
-  return Repeat(static_cast<double>(w.size() * sizeof(uint16_t)), at_least, [&] {
-    for (size_t i = 0; i < matrices; ++i) {
-      const Weight weight = {w.data() + i * elements, nullptr, shape.out_features,
-                             shape.in_features};
-      DecodeLinear(weight, x.data(), shape.rows, y.data(), pool);
+  return Repeat(Operations(shape) * static_cast<double>(matrices), at_least, [&] {
+    for (const OrderedWeights& matrix : weights) {
+      const LinearProduct product = {&matrix, x.data(), y.data()};
+      Linear({&product, 1}, shape.rows, pool);
     }
   });
 }

@@ -8,7 +8,7 @@
 #include "base/clock.h"
 #include "base/status.h"
 #include "kernels/codec.h"
-#include "kernels/linear.h"
+#include "kernels/thread_pool.h"
 
 namespace kvant::kernels {
 
@@ -26,21 +26,18 @@ Rate MeasureRead(size_t buffer_bytes, ThreadPool* pool, Duration at_least = kBen
 
 // The shape y[rows][out] = x[rows][in] * W^T.
 struct GemmShape {
-  int rows = kPrefillRows;
+  int rows = 0;
   int out_features = 0;
   int in_features = 0;
 };
-// Operations a second (2 * rows * out * in each round) of PrefillLinear, which always computes
-// kPrefillRows rows. kUnsupported without OpenBLAS. REQUIRES: rows == kPrefillRows.
-Result<Rate> MeasurePrefillLinear(const GemmShape& shape, ThreadPool* pool,
-                                  Duration at_least = kBenchTime);
-// The same of one plain sgemm for each thread, the output features split evenly.
+// Operations a second (2 * rows * out * in each round) of Linear with weights in bf16; matrices of
+// at least `weight_bytes` are cycled, so that a size beyond the caches measures memory.
+Rate MeasureLinear(const GemmShape& shape, size_t weight_bytes, ThreadPool* pool,
+                   Duration at_least = kBenchTime);
+// The same of one plain sgemm for each thread, the output features split evenly. kUnsupported
+// without OpenBLAS.
 Result<Rate> MeasurePlainGemm(const GemmShape& shape, ThreadPool* pool,
                               Duration at_least = kBenchTime);
-// Bytes of weights a second that DecodeLinear goes through; buffers of at least `weight_bytes` are
-// cycled, so that a size beyond the caches measures memory.
-Rate MeasureDecodeLinear(const GemmShape& shape, size_t weight_bytes, ThreadPool* pool,
-                         Duration at_least = kBenchTime);
 
 // Operations a second, on one thread, of OrderedMultiply with weights in bf16 and in fp32, and of
 // one sgemm with the same numbers; the fastest of alternating rounds. `matrices` of the shape are

@@ -1,80 +1,68 @@
 #include "kernels/linear.h"
 
 #include <algorithm>
-#include <vector>
+#include <cstdint>
 
 #include "base/check.h"
-#include "kernels/blas.h"
-#include "kernels/implementation.h"
-#include "kernels/vector.h"
 
 namespace kvant::kernels {
 namespace {
 
-// Output features of one product. Small enough that two threads share a layer of a small model
-// evenly, large enough that sgemm packs x for something.
-constexpr int kPrefillPanel = 128;
-// Output features that a thread takes at a time in decode, by weight bytes: below this, waking
-// another thread (tens of microseconds) costs more than it saves.
-constexpr int kDecodePanelBytes = 128 << 10;
+// What waking another thread for a piece must save: weights met by one row, which come from memory,
+// or as much work where each is met by several.
+constexpr int64_t kPieceWork = int64_t{48} << 10;
+constexpr int kWorkOfMemory = 8;  // rows whose products with a weight cost as much as reading it
+// Pieces for each thread, so that one that is held up leaves little to wait for.
+constexpr int64_t kPiecesPerThread = 3;
 
-template <typename Body>
-void ForPieces(ThreadPool* pool, int pieces, const Body& body) {
-  if (pool != nullptr) {
-    pool->ParallelFor(pieces, body);
-    return;
-  }
-  for (int piece = 0; piece < pieces; ++piece) body(piece);
+int64_t Panels(const OrderedWeights& weights) {
+  return (weights.outputs() + kOrderedPanel - 1) / kOrderedPanel;
+}
+
+// Panels [first, end) of a product.
+void ComputePanels(const LinearProduct& product, int rows, int64_t first, int64_t end) {
+  const int64_t outputs = std::min<int64_t>(end * kOrderedPanel, product.weights->outputs());
+  OrderedMultiply({.weights = *product.weights,
+                   .x = product.x,
+                   .rows = rows,
+                   .inputs = product.weights->inputs(),
+                   .first_output = static_cast<int>(first * kOrderedPanel),
+                   .end_output = static_cast<int>(outputs),
+                   .out = product.y});
 }
 
 }  // namespace
 
-void PrefillLinear(const Weight& weight, const float* x, float* y, ThreadPool* pool) {
-  KV_CHECK(weight.bf16 != nullptr || weight.fp32 != nullptr);
-  KV_CHECK(weight.out_features > 0 && weight.in_features > 0);
-  SgemmFunction* const sgemm = LoadedSgemm();
-  const int width = weight.in_features;
-  const int pieces = (weight.out_features + kPrefillPanel - 1) / kPrefillPanel;
-  ForPieces(pool, pieces, [&](int piece) {
-    const int first = piece * kPrefillPanel;
-    const int count = std::min(kPrefillPanel, weight.out_features - first);
-    const size_t from = static_cast<size_t>(first) * static_cast<size_t>(width);
-    const float* panel = nullptr;
-    if (weight.bf16 != nullptr) {
-      const size_t size = static_cast<size_t>(count) * static_cast<size_t>(width);
-      thread_local std::vector<float> widened;  // grows to the widest layer and stays
-      if (widened.size() < size) widened.resize(size);
-      WidenBf16(weight.bf16 + from, widened.data(), size);
-      panel = widened.data();
-    } else {
-      panel = weight.fp32 + from;
-    }
-    sgemm(kBlasRowMajor, kBlasNoTranspose, kBlasTranspose, kPrefillRows, count, width, 1.0F, x,
-          width, panel, width, 0.0F, y + first, weight.out_features);
-  });
-}
-
-void DecodeLinear(const Weight& weight, const float* x, int rows, float* y, ThreadPool* pool) {
-  KV_CHECK(weight.bf16 != nullptr || weight.fp32 != nullptr);
-  KV_CHECK(weight.out_features > 0 && weight.in_features > 0);
+void Linear(std::span<const LinearProduct> products, int rows, ThreadPool* pool) {
   if (rows <= 0) return;
-  const auto width = static_cast<size_t>(weight.in_features);
-  const size_t element = weight.bf16 != nullptr ? sizeof(uint16_t) : sizeof(float);
-  const int panel = std::max(1, static_cast<int>(kDecodePanelBytes / (width * element)));
-  const int pieces = (weight.out_features + panel - 1) / panel;
-  const Implementation& implementation = ActiveImplementation();
-  ForPieces(pool, pieces, [&](int piece) {
-    const int first = piece * panel;
-    const int count = std::min(panel, weight.out_features - first);
-    const size_t from = static_cast<size_t>(first) * width;
-    const auto stride = static_cast<size_t>(weight.out_features);
-    if (weight.bf16 != nullptr) {
-      implementation.linear(weight.bf16 + from, count, weight.in_features, x, rows, y + first,
-                            stride);
-    } else {
-      implementation.linear_fp32(weight.fp32 + from, count, weight.in_features, x, rows, y + first,
-                                 stride);
+  if (pool == nullptr || pool->threads() == 1) {
+    for (const LinearProduct& product : products) {
+      ComputePanels(product, rows, 0, Panels(*product.weights));
     }
+    return;
+  }
+  int64_t weights = 0;
+  for (const LinearProduct& product : products) {
+    weights += Panels(*product.weights) * kOrderedPanel * product.weights->inputs();
+  }
+  const int64_t least = kPieceWork * (1 + kWorkOfMemory) / (rows + kWorkOfMemory);
+  const int64_t wanted = std::max(least, weights / (kPiecesPerThread * pool->threads()));
+  const auto panels_of_piece = [&](const LinearProduct& product) {
+    const int64_t panel = int64_t{kOrderedPanel} * product.weights->inputs();
+    return std::max<int64_t>(1, (wanted + panel / 2) / panel);
+  };
+  const auto pieces_of = [&](const LinearProduct& product) {
+    const int64_t each = panels_of_piece(product);
+    return static_cast<int>((Panels(*product.weights) + each - 1) / each);
+  };
+  int pieces = 0;
+  for (const LinearProduct& product : products) pieces += pieces_of(product);
+  pool->ParallelFor(pieces, [&](int piece) {
+    const LinearProduct* product = products.data();
+    for (; piece >= pieces_of(*product); ++product) piece -= pieces_of(*product);
+    const int64_t each = panels_of_piece(*product);
+    ComputePanels(*product, rows, piece * each,
+                  std::min((piece + 1) * each, Panels(*product->weights)));
   });
 }
 

@@ -30,10 +30,29 @@ std::shared_ptr<Element[]> Allocate(size_t count) {
           [](Element* memory) { ::operator delete(memory, kAlignment); }};
 }
 
-// Where the weights of an output begin.
-size_t BeginOf(size_t output, size_t inputs, bool bf16) {
-  return output / kOrderedPanel * inputs * kOrderedPanel +
-         static_cast<size_t>(OrderedPlace(static_cast<int>(output % kOrderedPanel), bf16));
+// weights[outputs][inputs] in panels.
+template <typename Element, typename Convert, typename From>
+std::shared_ptr<Element[]> Pack(const From* weights, size_t outputs, size_t inputs, bool bf16,
+                                const Convert& convert) {
+  const size_t panels = (outputs + kOrderedPanel - 1) / kOrderedPanel;
+  std::shared_ptr<Element[]> packed = Allocate<Element>(panels * inputs * kOrderedPanel);
+  // Several inputs at a time, of which all outputs go to lines that stay near.
+  constexpr size_t kRun = 32;
+  for (size_t panel = 0; panel < panels; ++panel) {
+    Element* to = packed.get() + panel * inputs * kOrderedPanel;
+    for (size_t first = 0; first < inputs; first += kRun) {
+      const size_t end = std::min(first + kRun, inputs);
+      for (int column = 0; column < kOrderedPanel; ++column) {
+        const size_t output = panel * kOrderedPanel + static_cast<size_t>(column);
+        const auto place = static_cast<size_t>(OrderedPlace(column, bf16));
+        for (size_t k = first; k < end; ++k) {
+          to[k * kOrderedPanel + place] =
+              output < outputs ? convert(weights[output * inputs + k]) : Element{};
+        }
+      }
+    }
+  }
+  return packed;
 }
 
 }  // namespace
@@ -41,39 +60,41 @@ size_t BeginOf(size_t output, size_t inputs, bool bf16) {
 OrderedWeights::OrderedWeights(const float* weights, int outputs, int inputs)
     : outputs_(outputs), inputs_(inputs) {
   KV_CHECK(outputs >= 1 && inputs >= 1);
+  const auto count = static_cast<size_t>(outputs);
   const auto width = static_cast<size_t>(inputs);
-  const auto panels = static_cast<size_t>((outputs + kOrderedPanel - 1) / kOrderedPanel);
-  const size_t count = panels * width * kOrderedPanel;
-  const bool bf16 = AllBf16(weights, static_cast<size_t>(outputs) * width);
-  if (bf16) {
-    bf16_ = Allocate<uint16_t>(count);
+  if (AllBf16(weights, count * width)) {
+    bf16_ = Pack<uint16_t>(weights, count, width, true, [](float weight) {
+      return static_cast<uint16_t>(std::bit_cast<uint32_t>(weight) >> 16);
+    });
   } else {
-    fp32_ = Allocate<float>(count);
+    fp32_ = Pack<float>(weights, count, width, false, [](float weight) { return weight; });
   }
-  for (size_t output = 0; output < panels * kOrderedPanel; ++output) {
-    const bool real = output < static_cast<size_t>(outputs);
-    const float* row = weights + output * width;
-    size_t to = BeginOf(output, width, bf16);
-    for (size_t k = 0; k < width; ++k, to += kOrderedPanel) {
-      const float weight = real ? row[k] : 0.0F;
-      if (bf16) {
-        bf16_[to] = static_cast<uint16_t>(std::bit_cast<uint32_t>(weight) >> 16);
-      } else {
-        fp32_[to] = weight;
-      }
-    }
+}
+
+OrderedWeights::OrderedWeights(const uint16_t* weights, int outputs, int inputs)
+    : outputs_(outputs), inputs_(inputs) {
+  KV_CHECK(outputs >= 1 && inputs >= 1);
+  bf16_ = Pack<uint16_t>(weights, static_cast<size_t>(outputs), static_cast<size_t>(inputs), true,
+                         [](uint16_t weight) { return weight; });
+}
+
+void OrderedWeights::CopyRow(int output, float* to) const {
+  KV_DCHECK(output >= 0 && output < outputs_);
+  const auto width = static_cast<size_t>(inputs_);
+  const bool bf16 = bf16_ != nullptr;
+  const int column = output % kOrderedPanel;
+  size_t from = static_cast<size_t>(output / kOrderedPanel) * width * kOrderedPanel +
+                static_cast<size_t>(OrderedPlace(column, bf16));
+  for (size_t k = 0; k < width; ++k, from += kOrderedPanel) {
+    to[k] = bf16 ? FromBf16(bf16_[from]) : fp32_[from];
   }
 }
 
 std::vector<float> OrderedWeights::RowMajor() const {
   const auto width = static_cast<size_t>(inputs_);
-  std::vector<float> rows;
-  rows.reserve(static_cast<size_t>(outputs_) * width);
-  for (size_t output = 0; output < static_cast<size_t>(outputs_); ++output) {
-    size_t from = BeginOf(output, width, bf16_ != nullptr);
-    for (size_t k = 0; k < width; ++k, from += kOrderedPanel) {
-      rows.push_back(bf16_ != nullptr ? FromBf16(bf16_[from]) : fp32_[from]);
-    }
+  std::vector<float> rows(static_cast<size_t>(outputs_) * width);
+  for (int output = 0; output < outputs_; ++output) {
+    CopyRow(output, rows.data() + static_cast<size_t>(output) * width);
   }
   return rows;
 }
@@ -86,8 +107,13 @@ void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, co
 void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, const float* bias,
                      int outputs, float* out) {
   KV_DCHECK(outputs >= 0 && outputs <= weights.outputs());
-  ActiveImplementation().ordered_multiply(
-      {weights, x, rows, weights.inputs(), outputs, bias, 0, out});
+  OrderedMultiply({.weights = weights,
+                   .x = x,
+                   .rows = rows,
+                   .inputs = weights.inputs(),
+                   .end_output = outputs,
+                   .start = bias,
+                   .out = out});
 }
 
 void OrderedMultiply(const OrderedProduct& product) {
@@ -140,8 +166,14 @@ void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows,
 void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, int inputs,
                         float* out) {
   KV_DCHECK(inputs >= 1 && inputs <= weights.inputs());
-  ActiveImplementation().ordered_multiply({weights, x, rows, inputs, weights.outputs(), out,
-                                           static_cast<size_t>(weights.outputs()), out});
+  OrderedMultiply({.weights = weights,
+                   .x = x,
+                   .rows = rows,
+                   .inputs = inputs,
+                   .end_output = weights.outputs(),
+                   .start = out,
+                   .start_stride = static_cast<size_t>(weights.outputs()),
+                   .out = out});
 }
 
 }  // namespace kvant::kernels

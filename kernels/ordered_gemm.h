@@ -1,5 +1,6 @@
 // Products of fp32 rows with a matrix of weights, out = x W^T, whose bits are the same on every
-// machine. For decoders: what they decode may be refined by differences that were taken elsewhere.
+// machine. For a model's dense layers: what one machine stored, another continues. And for
+// decoders: what they decode may be refined by differences that were taken elsewhere.
 //
 // Each output is the sum over the inputs k = 0, 1, 2, ... of fma(x[r][k], w[n][k], sum), each
 // rounded once, in one accumulator. Speed comes from other outputs and rows beside it alone, never
@@ -35,9 +36,13 @@ class OrderedWeights {
   // weights: [outputs][inputs], row-major, not needed afterwards. Kept in 16 bits each where all of
   // them are bf16 numbers, which changes no bit of a product. REQUIRES: outputs, inputs >= 1.
   OrderedWeights(const float* weights, int outputs, int inputs);
+  // The same of bf16 numbers.
+  OrderedWeights(const uint16_t* weights, int outputs, int inputs);
 
   int outputs() const { return outputs_; }
   int inputs() const { return inputs_; }
+  // to[inputs] = the weights of one output, as they were given.
+  void CopyRow(int output, float* to) const;
   // [outputs][inputs], row-major, as they were given.
   std::vector<float> RowMajor() const;
   // Exactly one of them is set, unless made by default.
@@ -107,13 +112,14 @@ struct OrderedProduct {
   const OrderedWeights& weights;
   const float* x = nullptr;  // [rows][inputs]
   int rows = 0;
-  int inputs = 0;   // of the weights', the first
-  int outputs = 0;  // that are set: of the weights', the first
+  int inputs = 0;        // of the weights', the first
+  int first_output = 0;  // that is set; a multiple of kOrderedPanel
+  int end_output = 0;    // behind the last that is set
   // Row r begins at start[r * start_stride], with a stride of 0 all of them at the same; nullptr
   // and 0: at zeros. May be `out`.
   const float* start = nullptr;
   size_t start_stride = 0;
-  float* out = nullptr;  // [rows][outputs]
+  float* out = nullptr;  // [rows][weights.outputs()]
 };
 void OrderedMultiply(const OrderedProduct& product);
 

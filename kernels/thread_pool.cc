@@ -1,5 +1,7 @@
-// The pool behind linear.h: workers sleep until a job comes, and claim its pieces one by one.
+// The pool behind thread_pool.h: workers sleep until a job comes, and claim its pieces one by one.
 // Tasks are for those who have no pieces to do: somebody waits for each of these.
+#include "kernels/thread_pool.h"
+
 #include <atomic>
 #include <condition_variable>
 #include <deque>
@@ -10,7 +12,6 @@
 #include <vector>
 
 #include "base/check.h"
-#include "kernels/linear.h"
 
 namespace kvant::kernels {
 

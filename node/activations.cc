@@ -25,7 +25,6 @@ int WidestMlp(const ModelConfig& config) {
 
 Activations::Activations(const Model* model, kernels::ThreadPool* pool)
     : model_(*model), config_(model->config()), pool_(pool), state_(config_.StateShape(1)) {
-  static_assert(kRows == kernels::kPrefillRows);
   x.resize(RowsOf(config_.hidden));
   q.resize(RowsOf(config_.q_heads * kernels::KeyDim(state_)));
   k.resize(RowsOf(key_width()));
@@ -72,22 +71,19 @@ kernels::QueryBlock Activations::Queries(int first_row, int rows, size_t first_p
   return block;
 }
 
-void Activations::Product(Pass pass, const kernels::Weight& weight, const float* in, int rows,
+void Activations::Product(const kernels::OrderedWeights& weights, const float* in, int rows,
                           float* out) {
-  if (pass == Pass::kPrefill) {
-    kernels::PrefillLinear(weight, in, out, pool_);
-  } else {
-    kernels::DecodeLinear(weight, in, rows, out, pool_);
-  }
+  const kernels::LinearProduct product = {&weights, in, out};
+  kernels::Linear({&product, 1}, rows, pool_);
 }
 
-void Activations::ProjectState(int layer, Pass pass, std::span<const int> positions) {
+void Activations::ProjectState(int layer, std::span<const int> positions) {
   const LayerWeights& weights = model_.layer(layer);
   const int rows = static_cast<int>(positions.size());
   kernels::RmsNorm(x.data(), weights.attention_norm, rows, config_.hidden, config_.rms_norm_eps,
                    normed_.data());
-  if (config_.latent) return ProjectLatent(layer, pass, positions);
-  ProjectHeads(weights, pass, rows);
+  if (config_.latent) return ProjectLatent(layer, positions);
+  ProjectHeads(weights, rows);
   const kernels::RopeTable& rope = model_.rope(layer);
   const auto head_dim = static_cast<size_t>(config_.head_dim);
   for (int row = 0; row < rows; ++row) {
@@ -97,10 +93,13 @@ void Activations::ProjectState(int layer, Pass pass, std::span<const int> positi
   }
 }
 
-void Activations::ProjectHeads(const LayerWeights& layer, Pass pass, int rows) {
-  Product(pass, layer.query, normed_.data(), rows, q.data());  // [rows][q_heads][head_dim]
-  Product(pass, layer.key, normed_.data(), rows, k.data());    // [rows][kv_heads][head_dim]
-  Product(pass, layer.value, normed_.data(), rows, v.data());  // [rows][kv_heads][head_dim]
+void Activations::ProjectHeads(const LayerWeights& layer, int rows) {
+  const kernels::LinearProduct products[] = {
+      {&layer.query, normed_.data(), q.data()},  // [rows][q_heads][head_dim]
+      {&layer.key, normed_.data(), k.data()},    // [rows][kv_heads][head_dim]
+      {&layer.value, normed_.data(), v.data()},  // [rows][kv_heads][head_dim]
+  };
+  kernels::Linear(products, rows, pool_);
   if (layer.query_bias != nullptr) {
     kernels::AddBias(q.data(), layer.query_bias, rows, config_.q_width());
     kernels::AddBias(k.data(), layer.key_bias, rows, config_.kv_width());
@@ -114,25 +113,25 @@ void Activations::ProjectHeads(const LayerWeights& layer, Pass pass, int rows) {
   }
 }
 
-void Activations::ProjectLatent(int layer, Pass pass, std::span<const int> positions) {
+void Activations::ProjectLatent(int layer, std::span<const int> positions) {
   const LayerWeights& weights = model_.layer(layer);
   const LatentAttention& sizes = *config_.latent;
   const int rows = static_cast<int>(positions.size());
   if (sizes.q_rank == 0) {
-    Product(pass, weights.query, normed_.data(), rows, projected_.data());
+    Product(weights.query, normed_.data(), rows, projected_.data());
   } else {
-    Product(pass, weights.latent.query_down, normed_.data(), rows, low_.data());
+    Product(weights.latent.query_down, normed_.data(), rows, low_.data());
     kernels::RmsNorm(low_.data(), weights.latent.query_norm, rows, sizes.q_rank, kLatentNormEps,
                      low_.data());
-    Product(pass, weights.query, low_.data(), rows, projected_.data());
+    Product(weights.query, low_.data(), rows, projected_.data());
   }
   // A head's query: its rope channels, then what the latent is multiplied with.
   const int query_dim = config_.query_dim();
   const int key_dim = sizes.rope_dim + sizes.kv_rank;
-  HeadProducts(pass, weights.latent.key_up, rows, projected_.data(), query_dim,
-               q.data() + sizes.rope_dim, key_dim);
+  HeadProducts(weights.latent.key_up, rows, projected_.data(), query_dim, q.data() + sizes.rope_dim,
+               key_dim);
   const int low_width = sizes.kv_rank + sizes.rope_dim;
-  Product(pass, weights.latent.down, normed_.data(), rows, low_.data());
+  Product(weights.latent.down, normed_.data(), rows, low_.data());
   const kernels::RopeTable& rope = model_.rope(layer);
   const auto rotate = [&](float* vectors, int heads, int stride, int position) {
     if (sizes.interleaved) {
@@ -159,38 +158,37 @@ void Activations::ProjectLatent(int layer, Pass pass, std::span<const int> posit
   }
 }
 
-void Activations::HeadProducts(Pass pass, const std::vector<kernels::Weight>& weights, int rows,
+void Activations::HeadProducts(const std::vector<kernels::OrderedWeights>& weights, int rows,
                                const float* from, int from_stride, float* to, int to_stride) {
   const int heads = config_.q_heads;
   pool_->ParallelFor(heads, [&](int head) {
-    const kernels::Weight& weight = weights[static_cast<size_t>(head)];
-    float* in = head_in_.data() + RowsOf(head * weight.in_features);
-    float* out = head_out_.data() + RowsOf(head * weight.out_features);
+    const kernels::OrderedWeights& of_head = weights[static_cast<size_t>(head)];
+    const int inputs = of_head.inputs();
+    const int outputs = of_head.outputs();
+    float* in = head_in_.data() + RowsOf(head * inputs);
+    float* out = head_out_.data() + RowsOf(head * outputs);
     for (int row = 0; row < rows; ++row) {
-      std::copy_n(from + (static_cast<ptrdiff_t>(row) * heads + head) * from_stride,
-                  weight.in_features, in + static_cast<ptrdiff_t>(row) * weight.in_features);
+      std::copy_n(from + (static_cast<ptrdiff_t>(row) * heads + head) * from_stride, inputs,
+                  in + static_cast<ptrdiff_t>(row) * inputs);
     }
-    if (pass == Pass::kPrefill) {
-      kernels::PrefillLinear(weight, in, out, nullptr);
-    } else {
-      kernels::DecodeLinear(weight, in, rows, out, nullptr);
-    }
+    const kernels::LinearProduct product = {&of_head, in, out};
+    kernels::Linear({&product, 1}, rows, nullptr);
     for (int row = 0; row < rows; ++row) {
-      std::copy_n(out + static_cast<ptrdiff_t>(row) * weight.out_features, weight.out_features,
+      std::copy_n(out + static_cast<ptrdiff_t>(row) * outputs, outputs,
                   to + (static_cast<ptrdiff_t>(row) * heads + head) * to_stride);
     }
   });
 }
 
-void Activations::FinishAttention(int layer, Pass pass, int rows) {
+void Activations::FinishAttention(int layer, int rows) {
   const LayerWeights& weights = model_.layer(layer);
   const float* values = attended.data();  // [rows][q_heads][value_dim]
   if (config_.latent) {
-    HeadProducts(pass, weights.latent.value_up, rows, attended.data(), config_.latent->kv_rank,
+    HeadProducts(weights.latent.value_up, rows, attended.data(), config_.latent->kv_rank,
                  values_.data(), config_.latent->value_dim);
     values = values_.data();
   }
-  Product(pass, weights.output, values, rows, added_.data());
+  Product(weights.output, values, rows, added_.data());
   if (weights.output_bias != nullptr) {
     kernels::AddBias(added_.data(), weights.output_bias, rows, config_.hidden);
   }
@@ -206,32 +204,34 @@ void Activations::AddToStream(const float* norm, int rows) {
                       static_cast<size_t>(rows) * static_cast<size_t>(config_.hidden));
 }
 
-void Activations::Mlp(int layer, Pass pass, int rows) {
+void Activations::Mlp(int layer, int rows) {
   const LayerWeights& weights = model_.layer(layer);
   kernels::RmsNorm(x.data(), weights.mlp_norm, rows, config_.hidden, config_.rms_norm_eps,
                    normed_.data());
-  DenseMlp(weights.mlp, pass, normed_.data(), rows, added_.data());
-  if (!weights.experts.empty()) AddExperts(weights, pass, rows, added_.data());
+  DenseMlp(weights.mlp, normed_.data(), rows, added_.data());
+  if (!weights.experts.empty()) AddExperts(weights, rows, added_.data());
   AddToStream(weights.post_mlp_norm, rows);
 }
 
-void Activations::DenseMlp(const MlpWeights& mlp, Pass pass, const float* in, int rows,
-                           float* out) {
-  Product(pass, mlp.gate, in, rows, gate_.data());  // [rows][intermediate]
-  Product(pass, mlp.up, in, rows, up_.data());      // [rows][intermediate]
-  const size_t count = static_cast<size_t>(rows) * static_cast<size_t>(mlp.gate.out_features);
+void Activations::DenseMlp(const MlpWeights& mlp, const float* in, int rows, float* out) {
+  const kernels::LinearProduct products[] = {
+      {&mlp.gate, in, gate_.data()},  // [rows][intermediate]
+      {&mlp.up, in, up_.data()},      // [rows][intermediate]
+  };
+  kernels::Linear(products, rows, pool_);
+  const size_t count = static_cast<size_t>(rows) * static_cast<size_t>(mlp.gate.outputs());
   if (config_.activation == Activation::kSilu) {
     kernels::SiluMultiply(gate_.data(), up_.data(), count);
   } else {
     kernels::GeluTanhMultiply(gate_.data(), up_.data(), count);
   }
-  Product(pass, mlp.down, gate_.data(), rows, out);  // [rows][hidden]
+  Product(mlp.down, gate_.data(), rows, out);  // [rows][hidden]
 }
 
-void Activations::AddExperts(const LayerWeights& layer, Pass pass, int rows, float* out) {
+void Activations::AddExperts(const LayerWeights& layer, int rows, float* out) {
   const auto experts = static_cast<size_t>(config_.experts.experts);
   const auto width = static_cast<size_t>(config_.hidden);
-  Product(pass, layer.router, normed_.data(), rows, scores_.data());
+  Product(layer.router, normed_.data(), rows, scores_.data());
   struct Assignment {
     int row;
     float weight;
@@ -250,8 +250,7 @@ void Activations::AddExperts(const LayerWeights& layer, Pass pass, int rows, flo
     for (const Assignment& assignment : assigned[expert]) {
       to = std::copy_n(Row(normed_, assignment.row, config_.hidden), width, to);
     }
-    // As many rows as came: decode's products, whose rows do not know their number.
-    DenseMlp(layer.experts[expert], Pass::kDecode, expert_in_.data(), count, expert_out_.data());
+    DenseMlp(layer.experts[expert], expert_in_.data(), count, expert_out_.data());
     const float* from = expert_out_.data();
     for (const Assignment& assignment : assigned[expert]) {
       float* sum = out + static_cast<size_t>(assignment.row) * width;
@@ -261,10 +260,10 @@ void Activations::AddExperts(const LayerWeights& layer, Pass pass, int rows, flo
   }
 }
 
-void Activations::Logits(Pass pass, int rows, float* logits) {
+void Activations::Logits(int rows, float* logits) {
   kernels::RmsNorm(x.data(), model_.final_norm(), rows, config_.hidden, config_.rms_norm_eps,
                    normed_.data());
-  Product(pass, model_.output(), normed_.data(), rows, logits);
+  Product(model_.output(), normed_.data(), rows, logits);
 }
 
 }  // namespace kvant::node

@@ -1,5 +1,5 @@
 // The buffers of a forward pass, and what prefill and decode do alike in a layer. Rows are a
-// prefill's tokens or a decode step's sequences.
+// prefill's tokens or a decode step's sequences; the bits of none depend on the others.
 #pragma once
 
 #include <cstddef>
@@ -18,21 +18,17 @@ class Activations {
  public:
   static constexpr int kRows = 64;  // most rows of a pass
 
-  // How products are computed. Both give a row the same bits whatever its company; prefill's
-  // always has kRows rows, decode's as many as there are sequences.
-  enum class Pass { kPrefill, kDecode };
-
   // Both are borrowed.
   Activations(const Model* model, kernels::ThreadPool* pool);
 
   // x -> q, k, v of a layer with rotary positions. positions: [rows].
-  void ProjectState(int layer, Pass pass, std::span<const int> positions);
+  void ProjectState(int layer, std::span<const int> positions);
   // x += what a layer's attention makes of `attended`.
-  void FinishAttention(int layer, Pass pass, int rows);
+  void FinishAttention(int layer, int rows);
   // x += mlp(x).
-  void Mlp(int layer, Pass pass, int rows);
+  void Mlp(int layer, int rows);
   // logits[rows][vocab] = output(norm(x)).
-  void Logits(Pass pass, int rows, float* logits);
+  void Logits(int rows, float* logits);
 
   float* Row(std::vector<float>& buffer, int row, int width) {
     return buffer.data() + static_cast<size_t>(row) * static_cast<size_t>(width);
@@ -57,17 +53,17 @@ class Activations {
   std::vector<float> attended;  // [kRows][q_heads][values.head_dim]
 
  private:
-  void Product(Pass pass, const kernels::Weight& weight, const float* x, int rows, float* y);
-  void ProjectHeads(const LayerWeights& layer, Pass pass, int rows);
-  void ProjectLatent(int layer, Pass pass, std::span<const int> positions);
+  void Product(const kernels::OrderedWeights& weights, const float* x, int rows, float* y);
+  void ProjectHeads(const LayerWeights& layer, int rows);
+  void ProjectLatent(int layer, std::span<const int> positions);
   // One small product for each head. from: [rows][q_heads][from_stride], of which the first
   // in_features are read; to: [rows][q_heads][to_stride].
-  void HeadProducts(Pass pass, const std::vector<kernels::Weight>& weights, int rows,
+  void HeadProducts(const std::vector<kernels::OrderedWeights>& weights, int rows,
                     const float* from, int from_stride, float* to, int to_stride);
   // out[rows][hidden] = the gated MLP of `normed`.
-  void DenseMlp(const MlpWeights& mlp, Pass pass, const float* in, int rows, float* out);
+  void DenseMlp(const MlpWeights& mlp, const float* in, int rows, float* out);
   // out[rows][hidden] += what the chosen experts say.
-  void AddExperts(const LayerWeights& layer, Pass pass, int rows, float* out);
+  void AddExperts(const LayerWeights& layer, int rows, float* out);
   // x += norm(added), or x += added.
   void AddToStream(const float* norm, int rows);
 

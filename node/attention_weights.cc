@@ -19,15 +19,6 @@ constexpr int kFewestQueries = 64;  // that tell how much a token matters
 constexpr double kLeastTimes = 1.0 / 16;
 constexpr double kMostTimes = 1 << 14;
 
-// Numbers [from, from + count) of a weight.
-void CopyWeights(const kernels::Weight& weight, size_t from, size_t count, float* to) {
-  if (weight.fp32 != nullptr) {
-    std::copy_n(weight.fp32 + from, count, to);
-  } else {
-    kernels::WidenBf16(weight.bf16 + from, to, count);
-  }
-}
-
 }  // namespace
 
 AttentionWeights::AttentionWeights(const Model* model, uint64_t seed)
@@ -74,42 +65,35 @@ void AttentionWeights::MakeValueMetrics() {
   metrics_.resize(static_cast<size_t>(config_.layers));
   for (int layer = 0; layer < config_.layers; ++layer) {
     const LayerWeights& weights = model_.layer(layer);
-    const kernels::Weight& output = weights.output;
+    const int outputs = weights.output.outputs();
     const int out_dim = config_.value_dim();
-    const auto in = static_cast<size_t>(output.in_features);
+    const auto in = static_cast<size_t>(weights.output.inputs());
     std::vector<Matrix> of(static_cast<size_t>(heads), Matrix(out_dim, out_dim));
-    std::vector<float> all(static_cast<size_t>(output.out_features) * in);
-    for (int i = 0; i < output.out_features; ++i) {
-      float* to = all.data() + static_cast<size_t>(i) * in;
-      CopyWeights(output, static_cast<size_t>(i) * in, in, to);
-      if (weights.post_attention_norm != nullptr) {
-        for (size_t k = 0; k < in; ++k) to[k] *= weights.post_attention_norm[i];
-      }
+    std::vector<float> all = weights.output.RowMajor();
+    if (weights.post_attention_norm != nullptr) {
+      for (size_t i = 0; i < all.size(); ++i) all[i] *= weights.post_attention_norm[i / in];
     }
-    std::vector<float> part(static_cast<size_t>(output.out_features) *
-                            static_cast<size_t>(out_dim));
+    std::vector<float> part(static_cast<size_t>(outputs) * static_cast<size_t>(out_dim));
     for (int head = 0; head < heads; ++head) {
-      for (int i = 0; i < output.out_features; ++i) {
+      for (int i = 0; i < outputs; ++i) {
         std::copy_n(all.data() + static_cast<size_t>(i) * in + static_cast<size_t>(head * out_dim),
                     out_dim, part.data() + static_cast<ptrdiff_t>(i) * out_dim);
       }
-      kernels::AddProducts(part.data(), part.data(), output.out_features, out_dim, out_dim,
+      kernels::AddProducts(part.data(), part.data(), outputs, out_dim, out_dim,
                            &of[static_cast<size_t>(head)]);
     }
     if (config_.latent) {
       // What is summed are latents, from which a head's value is made.
       for (int head = 0; head < heads; ++head) {
-        const kernels::Weight& up = weights.latent.value_up[static_cast<size_t>(head)];
-        Matrix made(up.out_features, up.in_features);
-        std::vector<float> wide(made.values.size());
-        CopyWeights(up, 0, wide.size(), wide.data());
+        const kernels::OrderedWeights& up = weights.latent.value_up[static_cast<size_t>(head)];
+        Matrix made(up.outputs(), up.inputs());
+        const std::vector<float> wide = up.RowMajor();
         made.values.assign(wide.begin(), wide.end());
         const Matrix half = kernels::Product(of[static_cast<size_t>(head)], made);
-        Matrix whole(up.in_features, up.in_features);
-        for (int k = 0; k < up.out_features; ++k) {
-          for (int i = 0; i < up.in_features; ++i) {
-            for (int j = 0; j < up.in_features; ++j)
-              whole.At(i, j) += made.At(k, i) * half.At(k, j);
+        Matrix whole(up.inputs(), up.inputs());
+        for (int k = 0; k < up.outputs(); ++k) {
+          for (int i = 0; i < up.inputs(); ++i) {
+            for (int j = 0; j < up.inputs(); ++j) whole.At(i, j) += made.At(k, i) * half.At(k, j);
           }
         }
         of[static_cast<size_t>(head)] = std::move(whole);

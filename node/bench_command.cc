@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "base/random.h"
+#include "kernels/blas.h"
+#include "kernels/implementation.h"
 #include "kernels/kernel_bench.h"
 #include "node/block_past.h"
 #include "node/report.h"
@@ -47,9 +49,9 @@ std::vector<CachedBlockPtr> RandomPast(const BlockClass& block_class, int tokens
   return blocks;
 }
 
-// Shapes of the products of one dense layer, for 64 rows.
+// Shapes of the products of one dense layer, for a block's rows.
 std::vector<kernels::GemmShape> LayerShapes(const ModelConfig& config) {
-  const int rows = kernels::kPrefillRows;
+  const int rows = kBlockTokens;
   const int hidden = config.hidden;
   std::vector<kernels::GemmShape> shapes = {{rows, config.q_width(), hidden},
                                             {rows, hidden, config.q_heads * config.value_dim()},
@@ -211,8 +213,9 @@ Result<int> BenchNode(const BenchOptions& options) {
   const ModelConfig& config = model->config();
   Decoder decoder(model.get(), &pool);
   KV_ASSIGN_OR_RETURN(const double sgemm, SgemmRate(config, &pool, bench.each / 8));
-  std::printf("OpenBLAS core type %s, %d threads\n", kernels::BlasCoreType().c_str(),
-              pool.threads());
+  std::printf("kernels for %s, OpenBLAS core type %s, %d threads\n",
+              std::string(kernels::ActiveImplementation().name).c_str(),
+              kernels::BlasCoreType().c_str(), pool.threads());
   std::printf("%-8s %-6s %8s %10s %9s %9s %9s %9s %7s\n", "what", "codec", "context", "tokens/s",
               "GFLOP/s", "sgemm", "KV GB/s", "read", "ratio");
   Json rows = Json::array();
@@ -235,6 +238,7 @@ Result<int> BenchNode(const BenchOptions& options) {
                   decode["tokens_per_s"].get<double>(), "", "", kv, read, 100 * kv / read);
       for (Json* row : {&prefill, &decode}) {
         (*row)["openblas_core_type"] = kernels::BlasCoreType();
+        (*row)["kernels"] = kernels::ActiveImplementation().name;
         rows.push_back(*row);
       }
       if (context == longest) break;

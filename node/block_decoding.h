@@ -10,7 +10,7 @@
 
 #include "base/clock.h"
 #include "base/status.h"
-#include "kernels/linear.h"
+#include "kernels/thread_pool.h"
 #include "node/block_arrival.h"
 
 namespace kvant::node {

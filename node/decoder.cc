@@ -9,12 +9,12 @@ namespace {
 
 using kernels::LayerTile;
 using kernels::QueryBlock;
-using Pass = Activations::Pass;
 
-// Pieces of attention are fixed, so that neither the number of threads nor the batch decides how
-// partial softmaxes are merged. 16 query rows share one read of a tile; 8 blocks are 512 tokens,
-// enough work to be worth a piece.
-constexpr int kPrefillRowsPerPiece = 16;
+// Query rows that share one read of a tile: each has a softmax of its own, so any number will do.
+constexpr int kFewestRowsPerPiece = 4;
+constexpr int kMostRowsPerPiece = 16;
+// Blocks whose partial softmax is one piece: fixed, so that neither the number of threads nor the
+// batch decides how they are merged. 8 blocks are 512 tokens, enough work to be worth a piece.
 constexpr int kBlocksPerPiece = 8;
 
 }  // namespace
@@ -59,14 +59,17 @@ void Decoder::AttendBlock(const PrefillBlock& block, int layer, int first_block)
   const int tokens = static_cast<int>(block.tokens.size());
   const int value_dim = a_.state().values.head_dim;
   const bool window = config.Window(layer) != 0;
-  const int pieces = (tokens + kPrefillRowsPerPiece - 1) / kPrefillRowsPerPiece;
+  // Two pieces for each thread, as long as each row's tiles are loaded for some others too.
+  const int rows = std::clamp((tokens + 2 * pool_->threads() - 1) / (2 * pool_->threads()),
+                              kFewestRowsPerPiece, kMostRowsPerPiece);
+  const int pieces = (tokens + rows - 1) / rows;
   pool_->ParallelFor(pieces, [&](int piece) {
-    const int first = piece * kPrefillRowsPerPiece;
-    const int end = std::min(first + kPrefillRowsPerPiece, tokens);
+    const int first = piece * rows;
+    const int end = std::min(first + rows, tokens);
     const QueryBlock queries = a_.Queries(first, end - first, static_cast<size_t>(first));
     kernels::InitPartials(queries, value_dim);
     // What each row sees of tokens that begin at `position`.
-    int seen_from[kPrefillRowsPerPiece];
+    int seen_from[kMostRowsPerPiece];
     const auto see_from = [&](int position) {
       for (int row = first; row < end; ++row) {
         seen_from[row - first] = config.FirstVisible(layer, block.position + row) - position;
@@ -77,7 +80,7 @@ void Decoder::AttendBlock(const PrefillBlock& block, int layer, int first_block)
       const int position = (first_block + static_cast<int>(i)) * kBlockTokens;
       kernels::AttendTile(queries, tiles_[i], {see_from(position), nullptr});
     }
-    int seen_to[kPrefillRowsPerPiece];  // causal: a token sees itself and what stands before it
+    int seen_to[kMostRowsPerPiece];  // causal: a token sees itself and what stands before it
     for (int row = first; row < end; ++row) seen_to[row - first] = row + 1;
     kernels::AttendRaw(queries, {a_.k.data(), a_.v.data(), config.StateShape(end)},
                        {see_from(block.position), seen_to});
@@ -91,23 +94,16 @@ Status Decoder::ForwardBlock(const PrefillBlock& block, const LayerSink& sink, b
   KV_CHECK(tokens >= 1 && tokens <= kBlockTokens);
   KV_CHECK(block.position % kBlockTokens == 0 && block.past->tokens() == block.position);
   KV_CHECK(block.position + tokens <= config.max_positions);
-  static_assert(kBlockTokens == kernels::kPrefillRows, "a block is one product of prefill");
-
-  // The rows of padding are computed like any other and looked at by nobody.
-  std::fill(a_.x.begin(), a_.x.end(), 0.0F);
-  std::fill(a_.attended.begin(), a_.attended.end(), 0.0F);
   int positions[kBlockTokens];
-  for (int row = 0; row < kBlockTokens; ++row) {
-    positions[row] = block.position + std::min(row, tokens - 1);
-  }
   for (int row = 0; row < tokens; ++row) {
+    positions[row] = block.position + row;
     model_->Embed(block.tokens[static_cast<size_t>(row)], a_.Row(a_.x, row, config.hidden));
   }
   const int last = block.last_layer >= 0 ? block.last_layer : config.layers - 1;
   KV_CHECK(last + 1 == config.layers || (last < config.layers && !to_the_end));
   for (int layer = 0; layer <= last; ++layer) {
     if (block.entering != nullptr) (*block.entering)(layer, a_.x.data());
-    a_.ProjectState(layer, Pass::kPrefill, positions);
+    a_.ProjectState(layer, std::span(positions, block.tokens.size()));
     KV_RETURN_IF_ERROR(sink(layer, a_.k.data(), a_.v.data()));
     if (block.queries != nullptr) (*block.queries)(layer, a_.q.data());
     // Nobody reads what the last layer would add to the stream, unless for logits.
@@ -117,19 +113,15 @@ Status Decoder::ForwardBlock(const PrefillBlock& block, const LayerSink& sink, b
     tiles_.clear();
     KV_RETURN_IF_ERROR(CollectTiles(block.past, layer, first_block));
     AttendBlock(block, layer, first_block);
-    a_.FinishAttention(layer, Pass::kPrefill, kBlockTokens);
-    a_.Mlp(layer, Pass::kPrefill, kBlockTokens);
+    a_.FinishAttention(layer, tokens);
+    a_.Mlp(layer, tokens);
   }
   return OkStatus();
 }
 
 Status Decoder::Prefill(const PrefillBlock& block, const LayerSink& sink, float* logits) {
   KV_RETURN_IF_ERROR(ForwardBlock(block, sink, logits != nullptr));
-  if (logits == nullptr) return OkStatus();
-  const auto vocab = static_cast<size_t>(model_->config().vocab);
-  padded_logits_.resize(kBlockTokens * vocab);
-  a_.Logits(Pass::kPrefill, kBlockTokens, padded_logits_.data());
-  std::copy_n(padded_logits_.data(), block.tokens.size() * vocab, logits);
+  if (logits != nullptr) a_.Logits(static_cast<int>(block.tokens.size()), logits);
   return OkStatus();
 }
 
@@ -145,7 +137,7 @@ Status Decoder::PrefillTail(const PrefillBlock& block, OpenTile* open, float* lo
   open->tokens_ = static_cast<int>(tokens);
   // Only one row is looked at, so it is computed alone.
   std::copy_n(a_.Row(a_.x, static_cast<int>(tokens) - 1, a_.hidden()), a_.hidden(), a_.x.data());
-  a_.Logits(Pass::kDecode, 1, logits);
+  a_.Logits(1, logits);
   return OkStatus();
 }
 
@@ -211,7 +203,7 @@ void Decoder::DecodeStep(std::span<DecodeRow> rows, float* logits) {
     model_->Embed(row.token, a_.Row(a_.x, i, config.hidden));
   }
   for (int layer = 0; layer < config.layers; ++layer) {
-    a_.ProjectState(layer, Pass::kDecode, std::span(positions, static_cast<size_t>(count)));
+    a_.ProjectState(layer, std::span(positions, static_cast<size_t>(count)));
     // Keys and values go to a slot behind the open tile's last token, which counts only at the end.
     tiles_.clear();
     pieces_.clear();
@@ -227,10 +219,10 @@ void Decoder::DecodeStep(std::span<DecodeRow> rows, float* logits) {
       row.status = CutPieces(i, row, layer);
     }
     AttendPieces(rows, layer);
-    a_.FinishAttention(layer, Pass::kDecode, count);
-    a_.Mlp(layer, Pass::kDecode, count);
+    a_.FinishAttention(layer, count);
+    a_.Mlp(layer, count);
   }
-  a_.Logits(Pass::kDecode, count, logits);
+  a_.Logits(count, logits);
   for (DecodeRow& row : rows) {
     if (row.status.ok()) ++row.open->tokens_;
   }

@@ -1,7 +1,7 @@
-// The forward pass. Prefill computes one block of up to 64 tokens in a fixed shape and attends
-// every earlier block as it is stored, so that a block's bytes are a function of its tokens and its
-// class alone. Decode computes one token for each of several sequences; a row's result does not
-// depend on the other rows.
+// The forward pass. Prefill computes one block of up to 64 tokens and attends every earlier block
+// as it is stored, so that a block's bytes are a function of its tokens and its class alone. Decode
+// computes one token for each of several sequences; a row's result does not depend on the other
+// rows.
 //
 // How a sequence of n prompt tokens is computed: whole blocks cover the tokens
 // [0, floor((n - 1) / 64) * 64) and may come from anywhere; the 1 to 64 tokens behind them are
@@ -17,14 +17,14 @@
 
 #include "base/status.h"
 #include "kernels/attention.h"
-#include "kernels/linear.h"
+#include "kernels/thread_pool.h"
 #include "node/activations.h"
 #include "node/model.h"
 
 namespace kvant::node {
 
 // Tokens of a block, and rows of a prefill.
-inline constexpr int kBlockTokens = kernels::kPrefillRows;
+inline constexpr int kBlockTokens = 64;
 // Rows that one DecodeStep may have.
 inline constexpr int kMaxDecodeRows = Activations::kRows;
 
@@ -101,7 +101,7 @@ struct DecodeRow {
 // Single-owner; several may share one model. Owns the activations.
 class Decoder {
  public:
-  // Both are borrowed. REQUIRES: kernels::LoadBlas() was ok before the first Prefill.
+  // Both are borrowed.
   Decoder(const Model* model, kernels::ThreadPool* pool);
   Decoder(const Decoder&) = delete;
   Decoder& operator=(const Decoder&) = delete;
@@ -142,7 +142,6 @@ class Decoder {
   Activations a_;
   std::vector<kernels::LayerTile> tiles_;  // of the layer under work
   std::vector<DecodePiece> pieces_;
-  std::vector<float> padded_logits_;  // [kBlockTokens][vocab], once prefill was asked for logits
 };
 
 }  // namespace kvant::node

@@ -11,6 +11,7 @@
 #include "base/bytes.h"
 #include "base/clock.h"
 #include "base/random.h"
+#include "kernels/blas.h"
 #include "kernels/implementation.h"
 #include "kernels/raw_codec.h"
 #include "node/eval_plot.h"

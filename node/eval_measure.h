@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "base/status.h"
-#include "kernels/linear.h"
+#include "kernels/thread_pool.h"
 #include "node/block_class.h"
 #include "node/decoder.h"
 #include "node/eval_past.h"

@@ -154,13 +154,27 @@ Result<Tensor> GgufWeights::Find(std::string_view name, std::span<const int64_t>
         "changed after its conversion?",
         file_.name(), *in_file, name, fmt::join(stored->shape, ", "), fmt::join(shape, ", "));
   }
-  if (const auto made = made_.find(*in_file); made != made_.end()) return made->second;
-  KV_ASSIGN_OR_RETURN(Tensor tensor, Make(*in_file, *stored));
-  made_.emplace(*in_file, tensor);
-  return tensor;
+  if (const auto found = made_.find(*in_file); found != made_.end()) return found->second.tensor;
+  Made made;
+  KV_ASSIGN_OR_RETURN(made.tensor, Make(*in_file, *stored, &made.bytes));
+  return made_.emplace(*in_file, std::move(made)).first->second.tensor;
 }
 
-Result<Tensor> GgufWeights::Make(const std::string& name, const GgufTensor& stored) {
+void GgufWeights::Release(std::string_view name) {
+  const auto in_file = NameInFile(name);
+  const GgufTensor* stored = in_file ? file_.FindTensor(*in_file) : nullptr;
+  if (stored == nullptr) return;
+  made_.erase(*in_file);
+  if (mapped_ != nullptr) mapped_->Release(stored->bytes);
+}
+
+Result<Tensor> GgufWeights::Make(const std::string& name, const GgufTensor& stored,
+                                 std::unique_ptr<std::byte[]>* made) const {
+  // operator new gives memory that is aligned for any number.
+  const auto keep = [&](size_t bytes) {
+    *made = std::make_unique_for_overwrite<std::byte[]>(bytes);
+    return std::span(made->get(), bytes);
+  };
   Tensor tensor;
   tensor.type = PlainType(*stored.type);
   tensor.shape = stored.shape;
@@ -175,11 +189,11 @@ Result<Tensor> GgufWeights::Make(const std::string& name, const GgufTensor& stor
   }
   if (conventions_.norm_plus_one && name.ends_with("norm.weight")) {
     const std::vector<float> values = Values(stored);
-    const std::span<std::byte> made = Keep(values.size() * sizeof(float));
-    auto* out = reinterpret_cast<float*>(made.data());
+    const std::span<std::byte> kept = keep(values.size() * sizeof(float));
+    auto* out = reinterpret_cast<float*>(kept.data());
     std::transform(values.begin(), values.end(), out, [](float value) { return value - 1.0F; });
     tensor.type = DataType::kFp32;
-    tensor.bytes = made;
+    tensor.bytes = kept;
     return tensor;
   }
   const bool query = name.find(".attn_q.") != std::string::npos;
@@ -200,9 +214,9 @@ Result<Tensor> GgufWeights::Make(const std::string& name, const GgufTensor& stor
     const size_t count = ValueCount(stored);
     uint16_t* decoded = nullptr;
     if (heads == 0) {
-      const std::span<std::byte> made = Keep(count * sizeof(uint16_t));
-      decoded = reinterpret_cast<uint16_t*>(made.data());
-      tensor.bytes = made;
+      const std::span<std::byte> kept = keep(count * sizeof(uint16_t));
+      decoded = reinterpret_cast<uint16_t*>(kept.data());
+      tensor.bytes = kept;
     } else {
       in_file_order.resize(count);
       decoded = in_file_order.data();
@@ -211,17 +225,11 @@ Result<Tensor> GgufWeights::Make(const std::string& name, const GgufTensor& stor
     DecodeToBf16(stored, decoded);
   }
   if (heads != 0) {
-    const std::span<std::byte> made = Keep(tensor.bytes.size());
-    UndoInterleaving(tensor.bytes, rows, heads, made.data());
-    tensor.bytes = made;
+    const std::span<std::byte> kept = keep(tensor.bytes.size());
+    UndoInterleaving(tensor.bytes, rows, heads, kept.data());
+    tensor.bytes = kept;
   }
   return tensor;
-}
-
-std::span<std::byte> GgufWeights::Keep(size_t bytes) {
-  // operator new gives memory that is aligned for any number.
-  kept_.push_back(std::make_unique_for_overwrite<std::byte[]>(bytes));
-  return {kept_.back().get(), bytes};
 }
 
 }  // namespace kvant::node

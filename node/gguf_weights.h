@@ -29,7 +29,8 @@ struct GgufConventions {
 };
 
 // Single-owner. Tensors of F32, F16 and BF16 that need no change lie in the file; others are made
-// on first use and kept: quantized ones in bf16, rounded to nearest even from the fp32 value.
+// on first use and kept until released: quantized ones in bf16, rounded to nearest even from the
+// fp32 value.
 class GgufWeights final : public WeightSource {
  public:
   // `mapped` holds the bytes of `file`; null when the caller keeps them for this object's life.
@@ -38,18 +39,23 @@ class GgufWeights final : public WeightSource {
 
   bool Has(std::string_view name) const override;
   Result<Tensor> Find(std::string_view name, std::span<const int64_t> shape) override;
+  void Release(std::string_view name) override;
 
  private:
   // The file's name of a tensor; nothing for names that no model of this form has.
   std::optional<std::string> NameInFile(std::string_view name) const;
-  Result<Tensor> Make(const std::string& name, const GgufTensor& stored);
-  std::span<std::byte> Keep(size_t bytes);
+  // What the file holds in another form is made in *made.
+  Result<Tensor> Make(const std::string& name, const GgufTensor& stored,
+                      std::unique_ptr<std::byte[]>* made) const;
 
   std::unique_ptr<MappedFile> mapped_;
   GgufFile file_;
   GgufConventions conventions_;
-  std::map<std::string, Tensor, std::less<>> made_;  // by the file's name
-  std::vector<std::unique_ptr<std::byte[]>> kept_;
+  struct Made {
+    Tensor tensor;
+    std::unique_ptr<std::byte[]> bytes;  // null: they lie in the file
+  };
+  std::map<std::string, Made, std::less<>> made_;  // by the file's name
 };
 
 }  // namespace kvant::node

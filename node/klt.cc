@@ -136,8 +136,13 @@ std::vector<float> KltCoder::Normalized(std::span<const float> entering, int wid
 void KltCoder::Begun(size_t group, std::span<const float> normalized, float* rows) const {
   const KltBasis& basis = transform_.bases[group];
   const size_t tokens = normalized.size() / static_cast<size_t>(pack_.hidden);
-  kernels::OrderedMultiply({basis.predictor, normalized.data(), static_cast<int>(tokens),
-                            pack_.hidden, basis.width, basis.bias.data(), 0, rows});
+  kernels::OrderedMultiply({.weights = basis.predictor,
+                            .x = normalized.data(),
+                            .rows = static_cast<int>(tokens),
+                            .inputs = pack_.hidden,
+                            .end_output = basis.width,
+                            .start = basis.bias.data(),
+                            .out = rows});
 }
 
 void KltCoder::Predict(size_t group, const KltSide& side,

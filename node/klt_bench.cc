@@ -9,9 +9,10 @@
 #include <vector>
 
 #include "base/clock.h"
+#include "kernels/blas.h"
 #include "kernels/implementation.h"
-#include "kernels/linear.h"
 #include "kernels/raw_codec.h"
+#include "kernels/thread_pool.h"
 #include "node/block_class.h"
 #include "node/eval_past.h"
 #include "node/eval_text.h"

@@ -9,7 +9,7 @@
 
 #include "base/status.h"
 #include "kernels/dense_algebra.h"
-#include "kernels/linear.h"
+#include "kernels/thread_pool.h"
 #include "node/klt.h"
 #include "node/klt_pack.h"
 

@@ -12,8 +12,8 @@
 
 #include "base/bytes.h"
 #include "base/check.h"
+#include "kernels/blas.h"
 #include "kernels/float_formats.h"
-#include "kernels/linear.h"
 #include "node/json.h"
 #include "node/klt.h"
 #include "node/mapped_file.h"

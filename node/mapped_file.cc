@@ -30,6 +30,15 @@ Result<std::unique_ptr<MappedFile>> MappedFile::Open(const std::filesystem::path
   return std::unique_ptr<MappedFile>(new MappedFile(base, size));
 }
 
+void MappedFile::Release(std::span<const std::byte> part) const {
+  const auto page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  const auto first = static_cast<size_t>(part.data() - static_cast<const std::byte*>(base_));
+  const size_t begin = (first + page - 1) / page * page;
+  const size_t end = (first + part.size()) / page * page;
+  // Advice: where it is not taken, the pages stay until they are needed elsewhere.
+  if (begin < end) ::madvise(static_cast<std::byte*>(base_) + begin, end - begin, MADV_DONTNEED);
+}
+
 MappedFile::~MappedFile() { ::munmap(base_, size_); }
 
 }  // namespace kvant::node

@@ -21,6 +21,9 @@ class MappedFile {
   MappedFile& operator=(const MappedFile&) = delete;
 
   std::span<const std::byte> bytes() const { return {static_cast<const std::byte*>(base_), size_}; }
+  // Gives back the memory of the pages that lie wholly in `part` of bytes(); they may be read
+  // again.
+  void Release(std::span<const std::byte> part) const;
 
  private:
   MappedFile(void* base, size_t size) : base_(base), size_(size) {}

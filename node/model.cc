@@ -52,9 +52,51 @@ std::string DescribeConfig(const ModelConfig& config) {
   return text;
 }
 
+// The numbers of a tensor's bytes, where they lie or, misaligned, in *copy.
 template <typename T>
-bool IsAligned(std::span<const std::byte> bytes) {
-  return reinterpret_cast<uintptr_t>(bytes.data()) % alignof(T) == 0;
+std::span<const T> NumbersOf(std::span<const std::byte> bytes, std::vector<T>* copy) {
+  const size_t count = bytes.size() / sizeof(T);
+  if (reinterpret_cast<uintptr_t>(bytes.data()) % alignof(T) == 0) {
+    return {reinterpret_cast<const T*>(bytes.data()), count};
+  }
+  copy->resize(count);
+  std::memcpy(copy->data(), bytes.data(), bytes.size());
+  return *copy;
+}
+
+// A tensor's numbers, in bf16 or else in fp32: where they lie, or a copy.
+struct Numbers {
+  explicit Numbers(const Tensor& tensor) {
+    if (tensor.type == DataType::kFp32) {
+      fp32 = NumbersOf(tensor.bytes, &floats);
+      return;
+    }
+    const std::span<const uint16_t> found = NumbersOf(tensor.bytes, &halves);
+    if (tensor.type == DataType::kBf16) {
+      bf16 = found;
+      return;
+    }
+    floats.resize(found.size());
+    kernels::WidenFp16(found.data(), floats.data(), floats.size());
+    fp32 = floats;
+  }
+  std::span<const uint16_t> bf16;
+  std::span<const float> fp32;
+  std::vector<uint16_t> halves;
+  std::vector<float> floats;
+};
+
+template <typename T>
+kernels::OrderedWeights PackTransposed(const T* from, int outputs, int inputs) {
+  const auto rows = static_cast<size_t>(outputs);
+  const auto columns = static_cast<size_t>(inputs);
+  std::vector<T> turned(rows * columns);
+  for (size_t row = 0; row < rows; ++row) {
+    for (size_t column = 0; column < columns; ++column) {
+      turned[column * rows + row] = from[row * columns + column];
+    }
+  }
+  return {turned.data(), inputs, outputs};
 }
 
 }  // namespace
@@ -107,7 +149,7 @@ class Model::Loader {
   Status LoadAttention(LayerWeights* layer) {
     const ModelConfig& config = model_.config_;
     const auto project = [&](std::string_view name, int out, int in, bool has_bias,
-                             kernels::Weight* weight, const float** bias) -> Status {
+                             kernels::OrderedWeights* weight, const float** bias) -> Status {
       KV_RETURN_IF_ERROR(
           Matrix(fmt::format("{}self_attn.{}.weight", prefix_, name), out, in, weight));
       return has_bias ? Vector(fmt::format("{}self_attn.{}.bias", prefix_, name), out, bias)
@@ -134,7 +176,8 @@ class Model::Loader {
     const ModelConfig& config = model_.config_;
     const LatentAttention& sizes = *config.latent;
     LatentWeights& latent = layer->latent;
-    const auto matrix = [&](std::string_view name, int out, int in, kernels::Weight* weight) {
+    const auto matrix = [&](std::string_view name, int out, int in,
+                            kernels::OrderedWeights* weight) {
       return Matrix(fmt::format("{}self_attn.{}.weight", prefix_, name), out, in, weight);
     };
     if (sizes.q_rank == 0) {
@@ -149,15 +192,31 @@ class Model::Loader {
         matrix("kv_a_proj_with_mqa", sizes.kv_rank + sizes.rope_dim, config.hidden, &latent.down));
     KV_RETURN_IF_ERROR(
         Norm(prefix_ + "self_attn.kv_a_layernorm.weight", sizes.kv_rank, &latent.norm));
-    kernels::Weight up;  // of each head, what makes its key and what makes its value
-    KV_RETURN_IF_ERROR(matrix("kv_b_proj", config.q_heads * (sizes.nope_dim + sizes.value_dim),
-                              sizes.kv_rank, &up));
-    for (int head = 0; head < config.q_heads; ++head) {
-      const int row = head * (sizes.nope_dim + sizes.value_dim);
-      latent.key_up.push_back(Transposed(Rows(up, row, sizes.nope_dim)));
-      latent.value_up.push_back(Rows(up, row + sizes.nope_dim, sizes.value_dim));
-    }
+    KV_RETURN_IF_ERROR(LoadHeads(&latent));
     return matrix("o_proj", config.hidden, config.q_heads * sizes.value_dim, &layer->output);
+  }
+
+  // Of each head, what makes its key and what makes its value.
+  Status LoadHeads(LatentWeights* latent) {
+    const LatentAttention& sizes = *model_.config_.latent;
+    const int heads = model_.config_.q_heads;
+    const int rows = sizes.nope_dim + sizes.value_dim;
+    const std::string name = prefix_ + "self_attn.kv_b_proj.weight";
+    const int64_t shape[] = {int64_t{heads} * rows, sizes.kv_rank};
+    KV_ASSIGN_OR_RETURN(const Tensor tensor, Take(name, shape));
+    const Numbers numbers(tensor);
+    const auto pack = [&](const auto* all) {
+      for (int head = 0; head < heads; ++head) {
+        const auto* of_head = all + static_cast<ptrdiff_t>(head) * rows * sizes.kv_rank;
+        latent->key_up.push_back(PackTransposed(of_head, sizes.nope_dim, sizes.kv_rank));
+        latent->value_up.emplace_back(
+            of_head + static_cast<ptrdiff_t>(sizes.nope_dim) * sizes.kv_rank, sizes.value_dim,
+            sizes.kv_rank);
+      }
+    };
+    numbers.bf16.empty() ? pack(numbers.fp32.data()) : pack(numbers.bf16.data());
+    model_.weights_->Release(name);
+    return OkStatus();
   }
 
   Status LoadMlp(const std::string& name, int intermediate, MlpWeights* mlp) {
@@ -183,43 +242,6 @@ class Model::Loader {
                    &layer->mlp);
   }
 
-  // Some rows of a matrix, where they lie.
-  static kernels::Weight Rows(const kernels::Weight& from, int first, int count) {
-    const size_t at = static_cast<size_t>(first) * static_cast<size_t>(from.in_features);
-    kernels::Weight rows;
-    if (from.bf16 != nullptr) rows.bf16 = from.bf16 + at;
-    if (from.fp32 != nullptr) rows.fp32 = from.fp32 + at;
-    rows.out_features = count;
-    rows.in_features = from.in_features;
-    return rows;
-  }
-
-  template <typename Element>
-  static void Transpose(const Element* from, size_t rows, size_t columns, Element* to) {
-    for (size_t row = 0; row < rows; ++row) {
-      for (size_t column = 0; column < columns; ++column) {
-        to[column * rows + row] = from[row * columns + column];
-      }
-    }
-  }
-  kernels::Weight Transposed(const kernels::Weight& from) {
-    const auto rows = static_cast<size_t>(from.out_features);
-    const auto columns = static_cast<size_t>(from.in_features);
-    kernels::Weight weight;
-    weight.out_features = from.in_features;
-    weight.in_features = from.out_features;
-    if (from.bf16 != nullptr) {
-      uint16_t* copy = NewHalves(rows * columns);
-      Transpose(from.bf16, rows, columns, copy);
-      weight.bf16 = copy;
-    } else {
-      float* copy = NewFloats(rows * columns);
-      Transpose(from.fp32, rows, columns, copy);
-      weight.fp32 = copy;
-    }
-    return weight;
-  }
-
   Result<Tensor> Take(std::string_view name, std::span<const int64_t> shape) {
     KV_ASSIGN_OR_RETURN(Tensor tensor, model_.weights_->Find(name, shape));
     text_ += fmt::format("{} {}", name, DataTypeName(tensor.type));
@@ -228,71 +250,36 @@ class Model::Loader {
     return tensor;
   }
 
-  float* NewFloats(size_t count) {
-    return model_.expanded_.emplace_back(std::make_unique_for_overwrite<float[]>(count)).get();
-  }
-
-  uint16_t* NewHalves(size_t count) {
-    return model_.halves_.emplace_back(std::make_unique_for_overwrite<uint16_t[]>(count)).get();
-  }
-
-  // The tensor's bf16 or fp16 where it lies, or a copy where 16-bit reads would be misaligned.
-  const uint16_t* Halves(const Tensor& tensor) {
-    if (IsAligned<uint16_t>(tensor.bytes)) {
-      return reinterpret_cast<const uint16_t*>(tensor.bytes.data());
-    }
-    uint16_t* copy = NewHalves(tensor.bytes.size() / sizeof(uint16_t));
-    std::memcpy(copy, tensor.bytes.data(), tensor.bytes.size());
-    return copy;
-  }
-
-  // The tensor's values in fp32: where they lie, or expanded.
-  const float* Floats(const Tensor& tensor) {
-    if (tensor.type == DataType::kFp32) {
-      if (IsAligned<float>(tensor.bytes)) {
-        return reinterpret_cast<const float*>(tensor.bytes.data());
-      }
-      float* copy = NewFloats(tensor.bytes.size() / sizeof(float));
-      std::memcpy(copy, tensor.bytes.data(), tensor.bytes.size());
-      return copy;
-    }
-    const size_t count = tensor.bytes.size() / sizeof(uint16_t);
-    float* wide = NewFloats(count);
-    if (tensor.type == DataType::kBf16) {
-      kernels::WidenBf16(Halves(tensor), wide, count);
-    } else {
-      kernels::WidenFp16(Halves(tensor), wide, count);
-    }
-    return wide;
-  }
-
-  Status Vector(const std::string& name, int width, const float** out) {
+  Status Vector(const std::string& name, int width, const float** out, float added = 0.0F) {
     const int64_t shape[] = {width};
     KV_ASSIGN_OR_RETURN(const Tensor tensor, Take(name, shape));
-    *out = Floats(tensor);
+    const Numbers numbers(tensor);
+    const auto count = static_cast<size_t>(width);
+    float* kept =
+        model_.vectors_.emplace_back(std::make_unique_for_overwrite<float[]>(count)).get();
+    if (numbers.bf16.empty()) {
+      std::copy_n(numbers.fp32.data(), count, kept);
+    } else {
+      kernels::WidenBf16(numbers.bf16.data(), kept, count);
+    }
+    if (added != 0.0F) std::for_each_n(kept, count, [&](float& value) { value = added + value; });
+    *out = kept;
+    model_.weights_->Release(name);
     return OkStatus();
   }
 
   Status Norm(const std::string& name, int width, const float** out) {
-    KV_RETURN_IF_ERROR(Vector(name, width, out));
-    if (!model_.config_.norm_plus_one) return OkStatus();
-    float* whole = NewFloats(static_cast<size_t>(width));
-    for (int i = 0; i < width; ++i) whole[i] = 1.0F + (*out)[i];
-    *out = whole;
-    return OkStatus();
+    return Vector(name, width, out, model_.config_.norm_plus_one ? 1.0F : 0.0F);
   }
 
   // A weight matrix [out][in].
-  Status Matrix(const std::string& name, int out, int in, kernels::Weight* weight) {
+  Status Matrix(const std::string& name, int out, int in, kernels::OrderedWeights* weight) {
     const int64_t shape[] = {out, in};
     KV_ASSIGN_OR_RETURN(const Tensor tensor, Take(name, shape));
-    weight->out_features = out;
-    weight->in_features = in;
-    if (tensor.type == DataType::kBf16) {
-      weight->bf16 = Halves(tensor);
-    } else {
-      weight->fp32 = Floats(tensor);
-    }
+    const Numbers numbers(tensor);
+    *weight = numbers.bf16.empty() ? kernels::OrderedWeights(numbers.fp32.data(), out, in)
+                                   : kernels::OrderedWeights(numbers.bf16.data(), out, in);
+    model_.weights_->Release(name);
     return OkStatus();
   }
 
@@ -343,16 +330,10 @@ Result<std::unique_ptr<Model>> Model::Load(const std::filesystem::path& path) {
 
 void Model::Embed(int32_t token, float* out) const {
   KV_CHECK(token >= 0 && token < config_.vocab);
-  const auto width = static_cast<size_t>(config_.hidden);
-  const size_t at = static_cast<size_t>(token) * width;
-  if (embedding_.fp32 != nullptr) {
-    std::copy_n(embedding_.fp32 + at, width, out);
-  } else {
-    kernels::WidenBf16(embedding_.bf16 + at, out, width);
-  }
+  embedding_.CopyRow(token, out);
   if (config_.embedding_scale == 1.0) return;
   const auto scale = static_cast<float>(config_.embedding_scale);
-  for (size_t i = 0; i < width; ++i) out[i] *= scale;
+  for (int i = 0; i < config_.hidden; ++i) out[i] *= scale;
 }
 
 }  // namespace kvant::node

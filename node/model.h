@@ -10,7 +10,7 @@
 
 #include "base/status.h"
 #include "cache_service/block_key.h"
-#include "kernels/linear.h"
+#include "kernels/ordered_gemm.h"
 #include "kernels/vector.h"
 #include "node/chat_template.h"
 #include "node/config.h"
@@ -21,30 +21,30 @@ namespace kvant::node {
 
 // A gated MLP.
 struct MlpWeights {
-  kernels::Weight gate;  // [intermediate][hidden]
-  kernels::Weight up;    // [intermediate][hidden]
-  kernels::Weight down;  // [hidden][intermediate]
+  kernels::OrderedWeights gate;  // [intermediate][hidden]
+  kernels::OrderedWeights up;    // [intermediate][hidden]
+  kernels::OrderedWeights down;  // [hidden][intermediate]
 };
 
 // Multi-head latent attention, absorbed: what made a head's key of a latent is put into its query,
 // and its value is made of the sum of latents (DeepSeek-V2, section 2.1.2).
 struct LatentWeights {
-  kernels::Weight query_down;             // [q_rank][hidden]; empty without q_rank
-  const float* query_norm = nullptr;      // [q_rank]
-  kernels::Weight down;                   // [kv_rank + rope_dim][hidden]
-  const float* norm = nullptr;            // [kv_rank]
-  std::vector<kernels::Weight> key_up;    // of each head: [kv_rank][nope_dim]
-  std::vector<kernels::Weight> value_up;  // of each head: [value_dim][kv_rank]
+  kernels::OrderedWeights query_down;             // [q_rank][hidden]; empty without q_rank
+  const float* query_norm = nullptr;              // [q_rank]
+  kernels::OrderedWeights down;                   // [kv_rank + rope_dim][hidden]
+  const float* norm = nullptr;                    // [kv_rank]
+  std::vector<kernels::OrderedWeights> key_up;    // of each head: [kv_rank][nope_dim]
+  std::vector<kernels::OrderedWeights> value_up;  // of each head: [value_dim][kv_rank]
 };
 
 // One transformer layer. Borrowed from its Model. Norms have the 1 added where the architecture
 // says so. What an architecture lacks is null or empty.
 struct LayerWeights {
   const float* attention_norm = nullptr;  // [hidden]
-  kernels::Weight query;                  // [q_width][hidden], or [q_width][q_rank]
-  kernels::Weight key;                    // [kv_heads * head_dim][hidden]
-  kernels::Weight value;                  // [kv_heads * head_dim][hidden]
-  kernels::Weight output;                 // [hidden][q_heads * value_dim]
+  kernels::OrderedWeights query;          // [q_width][hidden], or [q_width][q_rank]
+  kernels::OrderedWeights key;            // [kv_heads * head_dim][hidden]
+  kernels::OrderedWeights value;          // [kv_heads * head_dim][hidden]
+  kernels::OrderedWeights output;         // [hidden][q_heads * value_dim]
   const float* query_bias = nullptr;      // [q_heads * head_dim]
   const float* key_bias = nullptr;        // [kv_heads * head_dim]
   const float* value_bias = nullptr;      // [kv_heads * head_dim]
@@ -56,14 +56,14 @@ struct LayerWeights {
   const float* mlp_norm = nullptr;             // [hidden]
   MlpWeights mlp;                              // in a mixture: the shared experts as one
   const float* post_mlp_norm = nullptr;        // [hidden], of what the MLP adds
-  kernels::Weight router;                      // [experts][hidden]
+  kernels::OrderedWeights router;              // [experts][hidden]
   const float* router_bias = nullptr;          // [experts], of the choice alone
   std::vector<MlpWeights> experts;
 };
 
-// Immutable, Thread-safe; one is shared by all decoders of a process. bf16 and fp32 weights are
-// read where they lie in the mapped file; fp16 ones are expanded to fp32, because bf16 would lose
-// bits.
+// Immutable, Thread-safe; one is shared by all decoders of a process. Matrices are copied from the
+// file into the panels that products read, in bf16 where that loses no bit, in fp32 otherwise;
+// nothing of the file stays in memory for them.
 class Model {
  public:
   // From a Hugging Face directory (config.json, tokenizer, safetensors) or a GGUF file; touches
@@ -78,9 +78,9 @@ class Model {
   const Tokenizer& tokenizer() const { return *tokenizer_; }
   const ChatTemplate& chat_template() const { return chat_template_; }
   const LayerWeights& layer(int index) const { return layers_[static_cast<size_t>(index)]; }
-  const float* final_norm() const { return final_norm_; }          // [hidden]
-  const kernels::Weight& embedding() const { return embedding_; }  // [vocab][hidden]
-  const kernels::Weight& output() const { return output_; }        // [vocab][hidden]
+  const float* final_norm() const { return final_norm_; }                  // [hidden]
+  const kernels::OrderedWeights& embedding() const { return embedding_; }  // [vocab][hidden]
+  const kernels::OrderedWeights& output() const { return output_; }        // [vocab][hidden]
   // Of the config's max_positions.
   const kernels::RopeTable& rope(int layer) const {
     return local_rope_ != nullptr && config_.Window(layer) != 0 ? *local_rope_ : *rope_;
@@ -107,12 +107,9 @@ class Model {
   std::unique_ptr<kernels::RopeTable> local_rope_;  // sliding layers' own, if they have one
   std::vector<LayerWeights> layers_;
   const float* final_norm_ = nullptr;
-  kernels::Weight embedding_;
-  kernels::Weight output_;
-  // Copies that the weights point into: fp32 of what was fp16 or had 1 added; bf16 of tensors at
-  // odd addresses or transposed.
-  std::vector<std::unique_ptr<float[]>> expanded_;
-  std::vector<std::unique_ptr<uint16_t[]>> halves_;
+  kernels::OrderedWeights embedding_;
+  kernels::OrderedWeights output_;
+  std::vector<std::unique_ptr<float[]>> vectors_;  // that norms and biases point at
   Digest digest_{};
 };
 

@@ -6,7 +6,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
-#include "kernels/linear.h"
+#include "kernels/implementation.h"
 #include "node/resident_memory.h"
 
 namespace kvant::node {
@@ -184,7 +184,7 @@ Json NodeRankReport(int rank, Role role, const std::string& host, NodeRuntime& n
           {"tier_link", CountersJson(tier)},
           {"node_link", CountersJson(nodes)},
           {"threads", node.threads()},
-          {"openblas_core_type", kernels::BlasCoreType()},
+          {"kernels", kernels::ActiveImplementation().name},
           {"peak_resident_bytes", PeakResidentBytes()},
           {"scheduler",
            {{"prompt_tokens", scheduler.prompt_tokens},
@@ -277,9 +277,9 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
   const uint64_t sealed = Sum(ranks, "store", "sealed");
   const uint64_t sliding_skipped = Sum(ranks, "supply", "sliding_bytes_skipped");
   const uint64_t sliding_later = Sum(ranks, "supply", "sliding_bytes_fetched_later");
-  std::string core_type;
+  std::string kernels_used;
   for (const Json& rank : ranks) {
-    if (rank.contains("planner")) core_type = rank.at("openblas_core_type").get<std::string>();
+    if (rank.contains("planner")) kernels_used = rank.at("kernels").get<std::string>();
   }
   Json report = {
       {"model", setup.model},
@@ -322,7 +322,7 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
        Ratio(static_cast<double>(prompt_tokens) / kBlockTokens, static_cast<double>(sealed))},
       {"data_loss", Sum(ranks, "tier", "data_loss") + Sum(ranks, "store", "data_loss")},
       {"planner", PlansOf(ranks)},
-      {"openblas_core_type", core_type},
+      {"kernels", kernels_used},
       {"wall_s", setup.wall_s},
       {"peak_resident_bytes", peak_resident_bytes},
       {"rank_reports", ranks}};
@@ -447,7 +447,7 @@ Result<std::string> FormatReport(const Json& report, const Json* without_cache) 
                        number("teacher_forced_tokens")));
     }
     line("bad ranges refused", fmt::format("{:.0f}", number("data_loss")));
-    line("OpenBLAS core type", report.at("openblas_core_type").get<std::string>());
+    line("kernels", report.at("kernels").get<std::string>());
   } catch (const Json::exception& error) {
     return InvalidArgument("not a report written by kvant: {}", error.what());
   }

@@ -103,7 +103,6 @@ Result<std::unique_ptr<NodeRuntime>> NodeRuntime::Create(const NodeOptions& opti
     }
   }
   KV_RETURN_IF_ERROR(kernels::ChooseImplementation());
-  KV_RETURN_IF_ERROR(kernels::LoadBlas());
   const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
   node->pool_ =
       std::make_unique<kernels::ThreadPool>(options.threads > 0 ? options.threads : cores);

@@ -242,4 +242,14 @@ Result<Tensor> Checkpoint::Find(std::string_view name, std::span<const int64_t> 
   return tensor;
 }
 
+void Checkpoint::Release(std::string_view name) {
+  const auto found = tensors_.find(name);
+  if (found == tensors_.end()) return;
+  const std::span<const std::byte> bytes = found->second.bytes;
+  for (const std::unique_ptr<MappedFile>& file : files_) {
+    const std::span<const std::byte> all = file->bytes();
+    if (bytes.data() >= all.data() && bytes.data() < all.data() + all.size()) file->Release(bytes);
+  }
+}
+
 }  // namespace kvant::node

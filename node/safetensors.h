@@ -34,6 +34,7 @@ class Checkpoint final : public WeightSource {
 
   bool Has(std::string_view name) const override { return tensors_.contains(name); }
   Result<Tensor> Find(std::string_view name, std::span<const int64_t> shape) override;
+  void Release(std::string_view name) override;
   const TensorMap& tensors() const { return tensors_; }
   uint64_t total_bytes() const { return total_bytes_; }
 

@@ -30,7 +30,7 @@ struct Tensor {
 
 using TensorMap = std::map<std::string, Tensor, std::less<>>;
 
-// Single-owner; what Find gave stays valid and unchanged as long as the source lives.
+// Single-owner; what Find gave stays valid and unchanged until it is released or the source ends.
 class WeightSource {
  public:
   virtual ~WeightSource() = default;
@@ -38,6 +38,8 @@ class WeightSource {
   // kInvalidArgument: no such tensor (named), or another shape (expected and found).
   // kUnsupported: its type is none that can be read.
   virtual Result<Tensor> Find(std::string_view name, std::span<const int64_t> shape) = 0;
+  // Gives the memory of a tensor back; it may be found again.
+  virtual void Release(std::string_view name) = 0;
 };
 
 }  // namespace kvant::node

@@ -15,7 +15,7 @@
 
 #include "base/bytes.h"
 #include "base/random.h"
-#include "kernels/linear.h"
+#include "kernels/blas.h"
 #include "node/klt.h"
 #include "node/klt_pack.h"
 #include "node/model.h"

@@ -154,7 +154,6 @@ struct Sequence {
 };
 
 std::unique_ptr<Model> LoadModel(const std::filesystem::path& directory) {
-  KV_CHECK(kernels::LoadBlas().ok());
   auto model = Model::Load(directory);
   EXPECT_TRUE(model.ok()) << model.status().ToString();
   return model.ok() ? *std::move(model) : nullptr;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/random.h"
+#include "kernels/blas.h"
 #include "kernels/float_formats.h"
 #include "kernels/raw_codec.h"
 #include "node/eval_command.h"

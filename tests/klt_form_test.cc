@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "base/random.h"
-#include "kernels/linear.h"
+#include "kernels/blas.h"
 #include "kernels/raw_codec.h"
 #include "node/block_arrival.h"
 #include "tests/support/random_klt_pack.h"

@@ -7,7 +7,7 @@
 #include <fstream>
 #include <iterator>
 
-#include "kernels/linear.h"
+#include "kernels/blas.h"
 
 namespace kvant::node {
 namespace {

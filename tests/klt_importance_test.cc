@@ -8,7 +8,7 @@
 #include <limits>
 
 #include "base/random.h"
-#include "kernels/linear.h"
+#include "kernels/blas.h"
 #include "node/klt_groups.h"
 #include "tests/support/random_model.h"
 

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <thread>
 
-#include "kernels/linear.h"
+#include "kernels/blas.h"
 #include "node/klt.h"
 #include "tests/support/random_klt_pack.h"
 #include "tests/support/random_model.h"

@@ -12,7 +12,7 @@
 
 #include "base/bytes.h"
 #include "base/random.h"
-#include "kernels/linear.h"
+#include "kernels/blas.h"
 #include "tests/support/random_klt_pack.h"
 #include "tests/support/random_model.h"
 

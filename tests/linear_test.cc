@@ -1,5 +1,6 @@
 // Dense layers: agreement with double precision, and bits that depend neither on the number of
-// rows nor on the number of threads; the thread pool; bf16 and fp16 over all their codes.
+// rows nor on the number of threads; the thread pool; bf16 and fp16 over all their codes. The
+// products themselves are tested in ordered_gemm_test.cc.
 #include "kernels/linear.h"
 
 #include <gtest/gtest.h>
@@ -11,26 +12,17 @@
 #include <thread>
 
 #include "base/random.h"
-#include "kernels/implementation.h"
+#include "kernels/blas.h"
+#include "kernels/float_formats.h"
 
 namespace kvant::kernels {
 namespace {
 
-struct Matrix {
-  Matrix(int out, int in, Random* random) {
-    const auto size = static_cast<size_t>(out) * static_cast<size_t>(in);
-    bf16.resize(size);
-    fp32.resize(size);
-    for (size_t i = 0; i < size; ++i) {
-      bf16[i] = ToBf16(static_cast<float>(random->Normal()));
-      fp32[i] = FromBf16(bf16[i]);
-    }
-    weight = {bf16.data(), nullptr, out, in};
-  }
-  std::vector<uint16_t> bf16;
-  std::vector<float> fp32;
-  Weight weight;
-};
+OrderedWeights MakeWeights(int outputs, int inputs, Random* random) {
+  std::vector<uint16_t> weights(static_cast<size_t>(outputs * inputs));
+  for (uint16_t& weight : weights) weight = ToBf16(static_cast<float>(random->Normal()));
+  return {weights.data(), outputs, inputs};
+}
 
 std::vector<float> MakeRows(int rows, int width, Random* random) {
   std::vector<float> x(static_cast<size_t>(rows) * static_cast<size_t>(width));
@@ -38,111 +30,87 @@ std::vector<float> MakeRows(int rows, int width, Random* random) {
   return x;
 }
 
-// Largest error in units of sqrt(in), the size of a product of standard normals.
-double ErrorOf(const Matrix& matrix, const std::vector<float>& x, int rows,
+std::vector<float> RoomFor(int rows, const OrderedWeights& weights) {
+  return std::vector<float>(static_cast<size_t>(rows) * static_cast<size_t>(weights.outputs()));
+}
+
+// Largest error in units of sqrt(inputs), the size of a product of standard normals.
+double ErrorOf(const OrderedWeights& weights, const std::vector<float>& x, int rows,
                const std::vector<float>& y) {
-  const auto in = static_cast<size_t>(matrix.weight.in_features);
-  const auto out = static_cast<size_t>(matrix.weight.out_features);
+  const auto inputs = static_cast<size_t>(weights.inputs());
+  const auto outputs = static_cast<size_t>(weights.outputs());
+  const std::vector<float> all = weights.RowMajor();
   double worst = 0.0;
   for (size_t r = 0; r < static_cast<size_t>(rows); ++r) {
-    for (size_t o = 0; o < out; ++o) {
+    for (size_t o = 0; o < outputs; ++o) {
       double expected = 0.0;
-      for (size_t c = 0; c < in; ++c) {
+      for (size_t i = 0; i < inputs; ++i) {
         expected +=
-            static_cast<double>(matrix.fp32[o * in + c]) * static_cast<double>(x[r * in + c]);
+            static_cast<double>(all[o * inputs + i]) * static_cast<double>(x[r * inputs + i]);
       }
-      worst = std::max(worst, std::fabs(static_cast<double>(y[r * out + o]) - expected));
+      worst = std::max(worst, std::fabs(static_cast<double>(y[r * outputs + o]) - expected));
     }
   }
-  return worst / std::sqrt(static_cast<double>(in));
+  return worst / std::sqrt(static_cast<double>(inputs));
 }
 
-TEST(DecodeLinearTest, AgreesWithDoubleAndARowDoesNotKnowItsCompany) {
+TEST(LinearTest, AgreesWithDouble) {
   Random random(31);
-  for (const Implementation* implementation : Implementations()) {
-    if (!implementation->runs_here()) continue;
-    for (const int in : {8, 16, 40, 63, 256, 1000}) {
-      for (const int out : {1, 2, 7, 130}) {
-        const Matrix matrix(out, in, &random);
-        const std::vector<float> x = MakeRows(9, in, &random);
-        const auto stride = static_cast<size_t>(out);
-        std::vector<float> all(9 * stride);
-        implementation->linear(matrix.bf16.data(), out, in, x.data(), 9, all.data(), stride);
-        EXPECT_LE(ErrorOf(matrix, x, 9, all), 1e-5);
-        for (int rows = 1; rows < 9; ++rows) {
-          for (int first = 0; first + rows <= 9; ++first) {
-            std::vector<float> some(static_cast<size_t>(rows) * stride);
-            implementation->linear(matrix.bf16.data(), out, in,
-                                   x.data() + static_cast<size_t>(first * in), rows, some.data(),
-                                   stride);
-            ASSERT_EQ(std::memcmp(some.data(), all.data() + static_cast<size_t>(first) * stride,
-                                  some.size() * sizeof(float)),
-                      0)
-                << implementation->name << " " << in << " " << out << " " << rows;
-          }
-        }
-        std::vector<float> wide(all.size());
-        implementation->linear_fp32(matrix.fp32.data(), out, in, x.data(), 9, wide.data(), stride);
-        EXPECT_EQ(wide, all) << implementation->name << ", the same weights as fp32";
-        std::vector<float> reference(all.size());
-        Implementations().back()->linear(matrix.bf16.data(), out, in, x.data(), 9, reference.data(),
-                                         stride);
-        EXPECT_EQ(all, reference) << implementation->name;
+  for (const int inputs : {8, 40, 63, 256, 1000, 4000}) {
+    for (const int outputs : {1, 7, 130}) {
+      const OrderedWeights weights = MakeWeights(outputs, inputs, &random);
+      for (const int rows : {1, 3, 64}) {
+        const std::vector<float> x = MakeRows(rows, inputs, &random);
+        std::vector<float> y = RoomFor(rows, weights);
+        const LinearProduct product = {&weights, x.data(), y.data()};
+        Linear({&product, 1}, rows, nullptr);
+        EXPECT_LE(ErrorOf(weights, x, rows, y), 3e-5) << inputs << " to " << outputs;
       }
     }
   }
 }
 
-TEST(DecodeLinearTest, ThreadsChangeNoBit) {
+// Several products at once, over any number of threads, of any number of rows.
+TEST(LinearTest, NeitherThreadsNorCompanyChangeABit) {
   Random random(32);
-  const Matrix matrix(3001, 128, &random);
-  const std::vector<float> x = MakeRows(3, 128, &random);
-  std::vector<float> alone(3 * 3001);
-  DecodeLinear(matrix.weight, x.data(), 3, alone.data(), nullptr);
-  EXPECT_LE(ErrorOf(matrix, x, 3, alone), 1e-5);
+  const OrderedWeights matrices[] = {MakeWeights(3001, 128, &random), MakeWeights(1, 700, &random),
+                                     MakeWeights(96, 513, &random)};
+  constexpr int kRows = 70;
+  std::vector<float> x[3];
+  std::vector<float> alone[3];  // each row by itself
+  for (size_t i = 0; i < 3; ++i) {
+    x[i] = MakeRows(kRows, matrices[i].inputs(), &random);
+    alone[i] = RoomFor(kRows, matrices[i]);
+    for (int row = 0; row < kRows; ++row) {
+      const LinearProduct product = {&matrices[i], x[i].data() + row * matrices[i].inputs(),
+                                     alone[i].data() + row * matrices[i].outputs()};
+      Linear({&product, 1}, 1, nullptr);
+    }
+  }
   for (const int threads : {1, 2, 3}) {
     ThreadPool pool(threads);
-    std::vector<float> y(alone.size());
-    DecodeLinear(matrix.weight, x.data(), 3, y.data(), &pool);
-    EXPECT_EQ(y, alone) << threads;
+    for (const int rows : {1, 2, 5, 64, kRows}) {
+      std::vector<float> y[3];
+      LinearProduct products[3];
+      for (size_t i = 0; i < 3; ++i) {
+        y[i] = RoomFor(rows, matrices[i]);
+        products[i] = {&matrices[i], x[i].data(), y[i].data()};
+      }
+      Linear(products, rows, &pool);
+      for (size_t i = 0; i < 3; ++i) {
+        EXPECT_TRUE(std::equal(y[i].begin(), y[i].end(), alone[i].begin()))
+            << threads << " threads, " << rows << " rows, product " << i;
+      }
+    }
   }
+  Linear({}, 4, nullptr);
 }
 
-TEST(PrefillLinearTest, ThreadsChangeNoBit) {
+TEST(BlasTest, SaysWhichKernelsItChose) {
   const Status loaded = LoadBlas();
   ASSERT_TRUE(loaded.ok()) << loaded.ToString();
   EXPECT_FALSE(BlasCoreType().empty());
   RecordProperty("blas_core_type", BlasCoreType());
-  Random random(33);
-  for (const int out : {64, 128, 500}) {
-    const Matrix matrix(out, 200, &random);
-    const std::vector<float> x = MakeRows(kPrefillRows, 200, &random);
-    std::vector<float> alone(static_cast<size_t>(kPrefillRows * out));
-    PrefillLinear(matrix.weight, x.data(), alone.data(), nullptr);
-    EXPECT_LE(ErrorOf(matrix, x, kPrefillRows, alone), 1e-5);
-    std::vector<float> wide(alone.size());
-    PrefillLinear({nullptr, matrix.fp32.data(), out, 200}, x.data(), wide.data(), nullptr);
-    EXPECT_EQ(wide, alone) << "the same weights as fp32";
-    for (const int threads : {1, 2, 3}) {
-      ThreadPool pool(threads);
-      std::vector<float> y(alone.size());
-      PrefillLinear(matrix.weight, x.data(), y.data(), &pool);
-      EXPECT_EQ(y, alone) << threads;
-    }
-  }
-}
-
-TEST(PrefillLinearTest, ARowDoesNotKnowWhatTheOthersHold) {
-  ASSERT_TRUE(LoadBlas().ok());
-  Random random(34);
-  const Matrix matrix(200, 96, &random);
-  std::vector<float> x = MakeRows(kPrefillRows, 96, &random);
-  std::vector<float> before(static_cast<size_t>(kPrefillRows) * 200);
-  PrefillLinear(matrix.weight, x.data(), before.data(), nullptr);
-  for (size_t i = 20 * 96; i < x.size(); ++i) x[i] = 0.0F;  // as a padded block
-  std::vector<float> after(before.size());
-  PrefillLinear(matrix.weight, x.data(), after.data(), nullptr);
-  EXPECT_EQ(std::memcmp(before.data(), after.data(), 20 * 200 * sizeof(float)), 0);
 }
 
 TEST(ThreadPoolTest, EveryPieceRunsOnce) {

@@ -6,8 +6,8 @@
 #include <cstdio>
 #include <fstream>
 
+#include "kernels/blas.h"
 #include "kernels/float_formats.h"
-#include "kernels/linear.h"
 #include "tests/klt_exact_golden.h"
 #include "tests/klt_golden.h"
 #include "tests/support/random_klt_pack.h"

@@ -118,7 +118,6 @@ class ModelGolden : public testing::TestWithParam<std::string> {
  protected:
   void SetUp() override {
     const auto directory = GoldenDirectory() / GetParam();
-    ASSERT_TRUE(kernels::LoadBlas().ok());
     auto model = Model::Load(directory);
     ASSERT_TRUE(model.ok()) << model.status().ToString();
     model_ = *std::move(model);

@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/bytes.h"
+#include "kernels/float_formats.h"
 #include "tests/support/random_model.h"
 
 namespace kvant::node {
@@ -167,10 +168,11 @@ TEST_F(ModelTest, WeightsAreExactInEveryType) {
     Write(type);
     const auto model = Load();
     ASSERT_TRUE(model.ok()) << model.status().ToString();
-    const kernels::Weight& down = (*model)->layer(1).mlp.down;
-    EXPECT_EQ(down.out_features, 64);
-    EXPECT_EQ(down.in_features, 96);
-    EXPECT_EQ(down.bf16 != nullptr, type == DataType::kBf16);
+    const kernels::OrderedWeights& down = (*model)->layer(1).mlp.down;
+    EXPECT_EQ(down.outputs(), 64);
+    EXPECT_EQ(down.inputs(), 96);
+    EXPECT_EQ(down.bf16() != nullptr, type == DataType::kBf16);
+    const std::vector<float> values = down.RowMajor();
     const auto checkpoint = Checkpoint::Open(directory_.path());
     ASSERT_TRUE(checkpoint.ok());
     const auto& bytes = (*checkpoint)->tensors().at("model.layers.1.mlp.down_proj.weight").bytes;
@@ -182,7 +184,7 @@ TEST_F(ModelTest, WeightsAreExactInEveryType) {
         const auto half = LoadLittle<uint16_t>(bytes.data() + i * 2);
         expected = type == DataType::kBf16 ? kernels::FromBf16(half) : kernels::FromFp16(half);
       }
-      EXPECT_EQ(down.bf16 != nullptr ? kernels::FromBf16(down.bf16[i]) : down.fp32[i], expected);
+      EXPECT_EQ(values[i], expected);
     }
     std::vector<float> row(64);
     (*model)->Embed(299, row.data());
@@ -234,13 +236,7 @@ TEST_F(ModelTest, ReadsWeightsAtOddAddresses) {
     const auto odd = Model::Load(other.path());
     ASSERT_TRUE(odd.ok()) << odd.status().ToString();
     EXPECT_EQ((*aligned)->digest(), (*odd)->digest());
-    const kernels::Weight& a = (*aligned)->layer(0).mlp.gate;
-    const kernels::Weight& b = (*odd)->layer(0).mlp.gate;
-    if (type == DataType::kBf16) {
-      EXPECT_TRUE(std::equal(a.bf16, a.bf16 + 96 * 64, b.bf16));
-    } else {
-      EXPECT_TRUE(std::equal(a.fp32, a.fp32 + 96 * 64, b.fp32));
-    }
+    EXPECT_EQ((*aligned)->layer(0).mlp.gate.RowMajor(), (*odd)->layer(0).mlp.gate.RowMajor());
   }
 }
 

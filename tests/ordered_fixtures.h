@@ -80,16 +80,18 @@ inline std::vector<float> OrderedRowsBy(const Implementation& kernels,
   const auto at = of.held.begin() + static_cast<ptrdiff_t>(first) * of.outputs;
   std::vector<float> out(at, at + static_cast<ptrdiff_t>(rows) * of.outputs);
   const float* x = of.x.data() + static_cast<ptrdiff_t>(first) * of.inputs;
-  if (start == OrderedStart::kZero) {
-    kernels.ordered_multiply(
-        {weights, x, rows, weights.inputs(), weights.outputs(), nullptr, 0, out.data()});
-  } else if (start == OrderedStart::kBias) {
-    kernels.ordered_multiply(
-        {weights, x, rows, weights.inputs(), weights.outputs(), of.bias.data(), 0, out.data()});
-  } else {
-    kernels.ordered_multiply(
-        {weights, x, rows, weights.inputs(), weights.outputs(), out.data(), width, out.data()});
+  OrderedProduct product{.weights = weights,
+                         .x = x,
+                         .rows = rows,
+                         .inputs = weights.inputs(),
+                         .end_output = weights.outputs(),
+                         .out = out.data()};
+  if (start == OrderedStart::kBias) product.start = of.bias.data();
+  if (start == OrderedStart::kHeld) {
+    product.start = out.data();
+    product.start_stride = width;
   }
+  kernels.ordered_multiply(product);
   return out;
 }
 

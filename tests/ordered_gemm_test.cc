@@ -64,7 +64,8 @@ TEST(OrderedGemmTest, SubnormalNumbersCount) {
   const OrderedWeights weights(&weight, 1, 1);
   for (const Implementation* implementation : All()) {
     float out = 1.0F;
-    implementation->ordered_multiply({weights, &x, 1, 1, 1, nullptr, 0, &out});
+    implementation->ordered_multiply(
+        {.weights = weights, .x = &x, .rows = 1, .inputs = 1, .end_output = 1, .out = &out});
     EXPECT_EQ(out, 0x1p-140F) << implementation->name;
   }
 }
@@ -137,9 +138,14 @@ TEST(OrderedGemmTest, TheLastInputsMayBeLeftOut) {
       const std::vector<float> expected = DefinedProduct(part, OrderedStart::kHeld);
       for (const Implementation* implementation : All()) {
         std::vector<float> out = part.held;
-        implementation->ordered_multiply({weights, x.data(), part.rows, inputs, part.outputs,
-                                          out.data(), static_cast<size_t>(part.outputs),
-                                          out.data()});
+        implementation->ordered_multiply({.weights = weights,
+                                          .x = x.data(),
+                                          .rows = part.rows,
+                                          .inputs = inputs,
+                                          .end_output = part.outputs,
+                                          .start = out.data(),
+                                          .start_stride = static_cast<size_t>(part.outputs),
+                                          .out = out.data()});
         EXPECT_TRUE(SameBits(out, expected)) << implementation->name << ": " << inputs;
       }
       std::vector<float> out = part.held;
@@ -149,22 +155,34 @@ TEST(OrderedGemmTest, TheLastInputsMayBeLeftOut) {
   }
 }
 
-TEST(OrderedGemmTest, TheLastOutputsMayBeLeftOut) {
+TEST(OrderedGemmTest, SomeOutputsMayBeLeftOut) {
   Random random(47);
-  constexpr int kOutputs = 75;
-  for (const int outputs : {0, 1, 16, 31, 32, 33, 74, kOutputs}) {
+  constexpr int kOutputs = 203;
+  const std::pair<int, int> kRanges[] = {{0, 0},  {0, 1},   {0, 16},  {0, 31},   {0, 32},
+                                         {0, 33}, {32, 33}, {64, 75}, {32, 170}, {32, kOutputs}};
+  for (const auto& [first, end] : kRanges) {
     for (const bool bf16 : {false, true}) {
-      const OrderedCase whole = MakeOrderedCase(15, 513, kOutputs, bf16, 0, &random);
-      const OrderedWeights weights(whole.weights.data(), kOutputs, whole.inputs);
-      std::vector<float> expected = DefinedProduct(whole, OrderedStart::kBias);
-      for (size_t i = 0; i < expected.size(); ++i) {
-        if (static_cast<int>(i % kOutputs) >= outputs) expected[i] = whole.held[i];
-      }
-      for (const Implementation* implementation : All()) {
-        std::vector<float> out = whole.held;
-        implementation->ordered_multiply({weights, whole.x.data(), whole.rows, whole.inputs,
-                                          outputs, whole.bias.data(), 0, out.data()});
-        EXPECT_TRUE(SameBits(out, expected)) << implementation->name << ": " << outputs;
+      for (const int rows : {1, 2, 3, 5, 7, 15}) {
+        const OrderedCase whole = MakeOrderedCase(rows, 513, kOutputs, bf16, 0, &random);
+        const OrderedWeights weights(whole.weights.data(), kOutputs, whole.inputs);
+        std::vector<float> expected = DefinedProduct(whole, OrderedStart::kBias);
+        for (size_t i = 0; i < expected.size(); ++i) {
+          const int output = static_cast<int>(i % kOutputs);
+          if (output < first || output >= end) expected[i] = whole.held[i];
+        }
+        for (const Implementation* implementation : All()) {
+          std::vector<float> out = whole.held;
+          implementation->ordered_multiply({.weights = weights,
+                                            .x = whole.x.data(),
+                                            .rows = whole.rows,
+                                            .inputs = whole.inputs,
+                                            .first_output = first,
+                                            .end_output = end,
+                                            .start = whole.bias.data(),
+                                            .out = out.data()});
+          EXPECT_TRUE(SameBits(out, expected))
+              << implementation->name << ": " << first << " to " << end << " of " << rows;
+        }
       }
     }
   }

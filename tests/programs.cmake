@@ -15,6 +15,7 @@ endfunction()
 
 kvant_program_test(cli_errors_test LABELS unit TIMEOUT 300)
 kvant_program_test(generate_program_test LABELS unit TIMEOUT 600)
+kvant_program_test(instruction_sets_test LABELS unit property TIMEOUT 600)
 if(KV_HAVE_MPI)
   kvant_program_test(mpi_program_test LABELS mpi TIMEOUT 600)
 endif()

@@ -15,8 +15,8 @@
 
 #include "base/bytes.h"
 #include "base/random.h"
+#include "kernels/blas.h"
 #include "kernels/float_formats.h"
-#include "kernels/linear.h"
 #include "node/aqua_coder.h"
 #include "node/ggml_coder.h"
 #include "node/kivi_coder.h"

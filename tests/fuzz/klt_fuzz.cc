@@ -6,8 +6,8 @@
 
 #include "base/check.h"
 #include "base/random.h"
+#include "kernels/blas.h"
 #include "kernels/float_formats.h"
-#include "kernels/linear.h"
 #include "node/klt_exact.h"
 #include "node/mapped_file.h"
 #include "tests/fuzz/fuzz_input.h"

@@ -8,7 +8,7 @@
 #include <ostream>
 #include <utility>
 
-#include "kernels/linear.h"
+#include "kernels/blas.h"
 #include "tests/support/random_klt_pack.h"
 #include "tests/support/random_model.h"
 

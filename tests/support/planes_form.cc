@@ -176,7 +176,7 @@ FormNode::FormNode(const std::filesystem::path& model, const std::string& codec,
                    WatchedShard* shard, uint64_t local_cache_bytes,
                    const node::PlannerOptions& planning, const FormNodeFetching& fetching)
     : pool_(std::make_unique<kernels::ThreadPool>(fetching.threads)) {
-  KV_CHECK(kernels::ChooseImplementation().ok() && kernels::LoadBlas().ok());
+  KV_CHECK(kernels::ChooseImplementation().ok());
   model_ = *node::Model::Load(model);
   const kernels::Codec* found = *kernels::FindCodec(codec);
   block_class_ = std::make_unique<node::BlockClass>(

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/linear.h"
+#include "kernels/thread_pool.h"
 #include "node/block_supply.h"
 #include "node/decoder.h"
 #include "node/local_cache.h"

@@ -16,7 +16,7 @@
 #include "base/bytes.h"
 #include "base/check.h"
 #include "base/random.h"
-#include "kernels/linear.h"
+#include "kernels/float_formats.h"
 
 namespace kvant::support {
 namespace {

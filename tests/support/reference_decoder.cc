@@ -23,16 +23,13 @@ Vector Normed(const Vector& x, const float* weight, double epsilon) {
   return out;
 }
 
-double At(const kernels::Weight& weight, size_t row, size_t column) {
-  const size_t at = row * static_cast<size_t>(weight.in_features) + column;
-  return static_cast<double>(weight.bf16 != nullptr ? kernels::FromBf16(weight.bf16[at])
-                                                    : weight.fp32[at]);
-}
-
-Vector Product(const kernels::Weight& weight, std::span<const double> x) {
-  Vector out(static_cast<size_t>(weight.out_features));
+Vector Product(const kernels::OrderedWeights& weights, std::span<const double> x) {
+  const std::vector<float> all = weights.RowMajor();
+  Vector out(static_cast<size_t>(weights.outputs()));
   for (size_t row = 0; row < out.size(); ++row) {
-    for (size_t i = 0; i < x.size(); ++i) out[row] += At(weight, row, i) * x[i];
+    for (size_t i = 0; i < x.size(); ++i) {
+      out[row] += static_cast<double>(all[row * x.size() + i]) * x[i];
+    }
   }
   return out;
 }
@@ -169,9 +166,11 @@ class Oracle {
     for (size_t head = 0; head < static_cast<size_t>(config_.q_heads); ++head) {
       append(&state.q, Slice(q, head * (nope + rope), nope));
       append(&state.q, rotated(Slice(q, head * (nope + rope) + nope, rope)));
-      Vector key(nope);  // the matrix is kept transposed
+      Vector key(nope);
+      const std::vector<float> up = w.latent.key_up[head].RowMajor();  // [rank][nope]
       for (size_t i = 0; i < nope; ++i) {
-        for (size_t r = 0; r < rank; ++r) key[i] += At(w.latent.key_up[head], r, i) * latent[r];
+        for (size_t r = 0; r < rank; ++r)
+          key[i] += static_cast<double>(up[r * nope + i]) * latent[r];
       }
       append(&state.k, key);
       append(&state.k, rope_key);
