@@ -7,7 +7,7 @@
 namespace kvant::kernels {
 
 // Threads that kernels may use, owned by main(). Work is split into fixed pieces, so that results
-// do not depend on the number of threads. Idle threads sleep.
+// do not depend on the number of threads. Idle threads look out for work for a moment, then sleep.
 // Thread-safe: one ParallelFor runs at a time, a second caller waits for it; neither a body nor a
 // task calls ParallelFor of the same pool.
 class ThreadPool {
