@@ -1,6 +1,6 @@
 // A model says the same to the bit whatever instructions the CPU has: a block that one machine
-// computed is the block that any other would have. Each set in a process of its own, as KVANT_ISA is
-// read once.
+// computed is the block that any other would have. Each set in a process of its own, as KVANT_ISA
+// is read once.
 #include <gtest/gtest.h>
 
 #include <cstdlib>
