@@ -3,6 +3,7 @@ add_library(kvant_test_models support/random_klt_pack.cc support/random_model.cc
 target_link_libraries(kvant_test_models PUBLIC kvant_node)
 add_executable(kvant-random-model support/random_model_main.cc)
 target_link_libraries(kvant-random-model PRIVATE kvant_test_models CLI11::CLI11)
+kvant_build_fast(kvant-random-model)
 
 kvant_test(sampler_test LIBS kvant_node LABELS unit)
 kvant_test(safetensors_test LIBS kvant_test_models LABELS unit fuzz)
@@ -36,7 +37,7 @@ add_library(kvant_test_nodes
   support/watched_shard.cc)
 target_link_libraries(kvant_test_nodes PUBLIC kvant_test_models GTest::gtest)
 
-kvant_test(scheduler_test LIBS kvant_test_nodes LABELS unit property TIMEOUT 1200)
+kvant_test(scheduler_test LIBS kvant_test_nodes LABELS unit property TIMEOUT 1200 SHARDS 4)
 kvant_test(calibrate_test LIBS kvant_test_nodes LABELS unit TIMEOUT 600)
 kvant_test(klt_test LIBS kvant_test_models LABELS unit fuzz)
 kvant_test(klt_golden_test LIBS kvant_test_models LABELS golden)
