@@ -409,7 +409,7 @@ Result<std::span<const float>> KltReader::Read(
   coder_.Predict(group, side_, first_, position_, &rows);
   terms.Clear();
   for (size_t token = 0; token < kBlockTokens; ++token) {
-    values.ForEach(token, 0, [&](size_t c, float value) { terms.Add(c, value); });
+    values.ForEach(token, 0, [&of = terms](size_t c, float value) { of.Add(c, value); });
     terms.EndRow();
   }
   kernels::OrderedMultiplyAdd(basis.synthesis, terms, rows.data());
