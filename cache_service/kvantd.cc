@@ -14,7 +14,7 @@
 
 #include "base/clock.h"
 #include "cache_service/shard_host.h"
-#include "transport/tcp.h"
+#include "transport/factory.h"
 
 namespace kvant {
 namespace {
@@ -32,6 +32,7 @@ struct Flags {
   std::string memory = "512MiB";
   std::string expected_block = "16KiB";
   std::string log_level = "info";
+  bool no_shm = false;
 };
 
 int Complain(const Status& status) {
@@ -57,7 +58,7 @@ int Run(const Flags& flags) {
   const Result<uint64_t> block = ParseBytes(flags.expected_block);
   if (!block.ok())
     return Complain(InvalidArgument("--expected-block {}", block.status().message()));
-  Result<std::unique_ptr<TcpTransport>> transport = MakeTcpTransport({});
+  Result<std::unique_ptr<Transport>> transport = MakeTransport("tcp", {.tcp_alone = flags.no_shm});
   if (!transport.ok()) return Complain(transport.status());
   const Result<std::string> address = (*transport)->Listen(flags.listen);
   if (!address.ok()) {
@@ -98,6 +99,8 @@ int Main(int argc, char** argv) {
   app.add_option("--expected-block", flags.expected_block,
                  "Average block size down to which the index has room. Smaller costs more index.")
       ->capture_default_str();
+  app.add_flag("--no-shm", flags.no_shm,
+               "Serve processes of this host over tcp as well, not over shared memory.");
   app.add_option("--log-level", flags.log_level, "How much to log on stderr.")
       ->check(CLI::IsMember({"trace", "debug", "info", "warn", "error", "off"}))
       ->capture_default_str();

@@ -105,6 +105,8 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
            "Blocks kept in the node's own memory (default 256MiB)");
   AddBytes(command, "--arena", &node->tier_arena_bytes,
            "Memory for blocks on their way (default 64MiB)");
+  command->add_flag("--no-shm", node->no_shm,
+                    "Reach kvantd on this host over tcp as well, not over shared memory");
   command
       ->add_option("--tier-timeout", node->tier_timeout_s,
                    "Seconds until a shard that does not answer is given up")
@@ -211,7 +213,9 @@ int Main(int argc, char** argv) {
   run_command->add_option("--report", run.report, "File that the report goes to, as JSON");
   run_command->add_option("--roles", run.roles,
                           "Ranks of each role, e.g. cache=2,prefill=1,decode=1 (under mpirun)");
-  run_command->add_option("--transport", run.transport, "Between ranks: mpi, tcp or auto")
+  run_command
+      ->add_option("--transport", run.transport,
+                   "Between ranks: mpi, tcp, shm (and tcp between hosts) or auto")
       ->capture_default_str();
   run_command->add_option("--cache", run.cache,
                           "kvantd shards: tcp://HOST:PORT,... (default: in this process, or the "

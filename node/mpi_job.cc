@@ -73,9 +73,11 @@ Result<std::string> MpiJob::ShareResult(const std::function<Result<std::string>(
 Status MpiJob::OpenTransports(const std::string& transport, std::string* addresses) {
   TransportOptions options;
   options.mpi = session_.get();
-  KV_ASSIGN_OR_RETURN(tier_transport_, MakeTransport(transport, options));
-  KV_ASSIGN_OR_RETURN(node_transport_, MakeTransport(transport, options));
-  const std::string any = transport == "mpi" ? "mpi:" : "tcp://0.0.0.0:0";
+  options.tcp_alone = transport == "tcp";
+  const bool mpi = transport == "mpi";
+  KV_ASSIGN_OR_RETURN(tier_transport_, MakeTransport(mpi ? "mpi" : "tcp", options));
+  KV_ASSIGN_OR_RETURN(node_transport_, MakeTransport(mpi ? "mpi" : "tcp", options));
+  const std::string any = mpi ? "mpi:" : "tcp://0.0.0.0:0";
   KV_ASSIGN_OR_RETURN(const std::string tier, tier_transport_->Listen(any));
   KV_ASSIGN_OR_RETURN(const std::string nodes, node_transport_->Listen(any));
   *addresses = Json{{"host", host()}, {"tier", tier}, {"nodes", nodes}}.dump();
@@ -83,12 +85,12 @@ Status MpiJob::OpenTransports(const std::string& transport, std::string* address
 }
 
 Status MpiJob::Connect(const std::string& transport, const RolePlan& plan) {
-  transport_name_ = transport == "auto" ? "mpi" : transport;
-  if (transport_name_ != "mpi" && transport_name_ != "tcp") {
-    return InvalidArgument("--transport {}: between ranks use mpi, tcp or auto", transport);
+  const std::string chosen = transport == "auto" ? "mpi" : transport;
+  if (chosen != "mpi" && chosen != "tcp" && chosen != "shm") {
+    return InvalidArgument("--transport {}: between ranks use mpi, tcp, shm or auto", transport);
   }
   std::string own;
-  KV_RETURN_IF_ERROR(AgreeOn(OpenTransports(transport_name_, &own)));
+  KV_RETURN_IF_ERROR(AgreeOn(OpenTransports(chosen, &own)));
   std::set<std::string> hosts;
   std::vector<Json> said;
   for (const std::string& text : Gather(own)) {

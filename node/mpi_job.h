@@ -44,7 +44,8 @@ class MpiJob {
   // Collective. Opens both transports, tells everyone's addresses, connects nodes.
   Status Connect(const std::string& transport, const RolePlan& plan);
 
-  const std::string& transport_name() const { return transport_name_; }
+  // The way that connections to the tier took, as TierSession says it, or "mpi".
+  std::string_view transport_name() const { return tier_transport_->capabilities().name; }
   Transport* tier_transport() { return tier_transport_.get(); }
   Transport* node_transport() { return node_transport_.get(); }
   NodeLink& nodes() { return *nodes_; }
@@ -75,7 +76,6 @@ class MpiJob {
   // Declared first: ends last, after the transports.
   std::unique_ptr<MpiSession> session_;
   std::string roles_;
-  std::string transport_name_;
   std::optional<RolePlan> plan_;
   std::unique_ptr<Transport> tier_transport_;
   std::unique_ptr<Transport> node_transport_;

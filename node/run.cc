@@ -160,7 +160,7 @@ Result<int> RunAlone(const RunOptions& options) {
                        options.node.store,
                        std::string(WireOf(options.node)),
                        options.node.max_kl,
-                       session->transport_name(),
+                       std::string(session->transport_name()),
                        "decode=1",
                        node.block_class().Bf16BytesPerToken(),
                        Seconds(node.clock().Now() - started)};
@@ -274,7 +274,7 @@ Result<int> RunRank(const RunOptions& options, MpiJob& job) {
                  options.node.store,
                  std::string(WireOf(options.node)),
                  options.node.max_kl,
-                 job.transport_name(),
+                 std::string(job.transport_name()),
                  job.roles(),
                  0,
                  Seconds(SteadyClock().Now() - started)};

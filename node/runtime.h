@@ -45,6 +45,7 @@ struct NodeOptions {
   int threads = 0;                   // 0: one for each core this process may use
   uint64_t local_cache_bytes = uint64_t{256} << 20;
   uint64_t tier_arena_bytes = uint64_t{64} << 20;
+  bool no_shm = false;  // shards of this host over tcp as well
   double tier_timeout_s = 5.0;
   double fetch_budget_ms = 50.0;  // of one fetch, for --wire auto
   int max_batch = 8;

@@ -30,20 +30,23 @@ Result<std::unique_ptr<TierSession>> TierSession::Open(const NodeOptions& option
   if (map.has_value()) {
     KV_ASSIGN_OR_RETURN(const std::string_view backend,
                         BackendOfAddress(map->shards().front().address));
-    KV_ASSIGN_OR_RETURN(session->remote_, MakeTransport(backend, {}));
-    session->transport_name_ = backend;
+    KV_ASSIGN_OR_RETURN(session->remote_, MakeTransport(backend, {.tcp_alone = options.no_shm}));
     KV_RETURN_IF_ERROR(
         session->node_->ConnectTier(session->remote_.get(), *std::move(map), kConnectWait));
   } else if (!no_cache) {
     KV_ASSIGN_OR_RETURN(session->embedded_, EmbeddedShard::Create(memory_bytes));
     EmbeddedShard* shard = session->embedded_.get();
-    session->transport_name_ = "loopback";
     KV_RETURN_IF_ERROR(
         session->node_->ConnectTier(shard->node_side(), shard->map(), kConnectWait,
                                     [shard] { shard->host().Turn(SteadyClock().Now()); }));
   }
   session->node_->Start(nullptr);
   return session;
+}
+
+std::string_view TierSession::transport_name() const {
+  if (remote_ != nullptr) return remote_->capabilities().name;
+  return embedded_ != nullptr ? embedded_->node_side()->capabilities().name : "none";
 }
 
 LinkCounters TierSession::counters() const {

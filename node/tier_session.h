@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "base/status.h"
 #include "node/runtime.h"
@@ -21,8 +22,8 @@ class TierSession {
                                                    uint64_t memory_bytes);
 
   NodeRuntime& node() { return *node_; }
-  // "tcp", "loopback", "none".
-  const std::string& transport_name() const { return transport_name_; }
+  // "tcp", "shm", "tcp and shm", "loopback", "none": the way that connections took.
+  std::string_view transport_name() const;
   // Bytes between the node and its shards.
   LinkCounters counters() const;
   // nullptr unless the shard is in this process.
@@ -30,7 +31,6 @@ class TierSession {
 
  private:
   TierSession() = default;
-  std::string transport_name_ = "none";
   // Declared first: they outlive the node, which borrows them.
   std::unique_ptr<EmbeddedShard> embedded_;
   std::unique_ptr<Transport> remote_;

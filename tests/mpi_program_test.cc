@@ -73,6 +73,7 @@ TEST_F(MpiProgram, AnyRolesGiveTheAnswersOfOneProcess) {
       {3, "cache=1,prefill=1,decode=1", "raw", "lossless", "mpi"},
       {4, "cache=2,prefill=1,decode=1", "tile4", "plain", "tcp"},
       {4, "cache=1,prefill=1,decode=2", "tile8", "plain", "mpi"},
+      {4, "cache=1,prefill=1,decode=2", "tile8", "plain", "shm"},
       {6, "cache=2,prefill=2,decode=2", "tile8", "plain", "mpi"},
   };
   const std::string requests = Path("requests");

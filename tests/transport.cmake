@@ -3,6 +3,8 @@ kvant_test(transport_conformance_test SOURCES transport_suite.cc transport_peer.
   LIBS kvant_transport LABELS conformance TIMEOUT 120)
 kvant_test(transport_tcp_test SOURCES transport_peer.cc
   LIBS kvant_transport PkgConfig::ZMQ LABELS unit TIMEOUT 120)
+kvant_test(transport_shm_test SOURCES transport_peer.cc
+  LIBS kvant_transport LABELS unit TIMEOUT 120)
 kvant_test(transport_faulty_test SOURCES transport_peer.cc LIBS kvant_transport LABELS unit TIMEOUT 60)
 kvant_test(transport_bench_test LIBS kvant_transport LABELS bench TIMEOUT 60)
 

@@ -11,7 +11,7 @@ TEST(TransportBench, FillsEveryRow) {
   options.time_per_row = std::chrono::milliseconds(40);
   const auto rows = RunTransportBench(options);
   ASSERT_TRUE(rows.ok()) << rows.status().ToString();
-  EXPECT_EQ(rows->size(), 2U * 2 * 3 * 2) << "backends, ops, sizes, outstanding";
+  EXPECT_EQ(rows->size(), 3U * 2 * 3 * 2) << "backends, ops, sizes, outstanding";
   for (const TransportBenchRow& row : *rows) {
     EXPECT_TRUE(row.op == "get" || row.op == "put");
     EXPECT_GT(row.gb_per_s, 0);

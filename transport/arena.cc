@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 
 #include "base/bytes.h"
@@ -54,29 +53,23 @@ Result<std::unique_ptr<RegisteredArena>> RegisteredArena::Create(Transport* tran
     return InvalidArgument("mapping an arena with room for no lease: give max_leases of 1 or more");
   }
   const uint64_t bytes = (options.bytes + page - 1) / page * page;
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS;
-  void* start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
-  if (start == MAP_FAILED) {
-    return MakeStatus(StatusCode::kResourceExhausted,
-                      "mapping an arena of {} bytes: {}; ask for less memory", bytes,
-                      std::strerror(errno));
-  }
+  KV_ASSIGN_OR_RETURN(const std::span<std::byte> memory, transport->MapPages(bytes));
   // Only advice: without huge pages everything works, with more TLB misses.
-  if (options.huge_pages) madvise(start, bytes, MADV_HUGEPAGE);
-  if (options.populate) std::memset(start, 0, bytes);
-  const std::span<std::byte> memory(static_cast<std::byte*>(start), bytes);
+  if (options.huge_pages) madvise(memory.data(), bytes, MADV_HUGEPAGE);
+  if (options.populate) std::memset(memory.data(), 0, bytes);
   auto region = transport->Register(memory);
   if (!region.ok()) {
-    munmap(start, bytes);
+    transport->UnmapPages(memory);
     return region.status();
   }
   return std::unique_ptr<RegisteredArena>(
-      new RegisteredArena(memory, *std::move(region), options.max_leases));
+      new RegisteredArena(transport, memory, *std::move(region), options.max_leases));
 }
 
-RegisteredArena::RegisteredArena(std::span<std::byte> memory, std::unique_ptr<MemoryRegion> region,
-                                 uint32_t max_leases)
-    : memory_(memory),
+RegisteredArena::RegisteredArena(Transport* transport, std::span<std::byte> memory,
+                                 std::unique_ptr<MemoryRegion> region, uint32_t max_leases)
+    : transport_(transport),
+      memory_(memory),
       region_(std::move(region)),
       allocator_(memory.size(), max_leases),
       holders_(max_leases) {
@@ -91,7 +84,7 @@ RegisteredArena::~RegisteredArena() {
   KV_CHECK(last.leases == 0 && last.lent_bytes == last.quarantined_bytes);
   region_.reset();
   // Where a receive cannot be called off, its memory must stay mapped until the process ends.
-  if (!landing) munmap(memory_.data(), memory_.size());
+  if (!landing) transport_->UnmapPages(memory_);
 }
 
 Result<Lease> RegisteredArena::Lend(uint64_t bytes) {

@@ -112,12 +112,13 @@ class RegisteredArena {
     uint64_t window = 0;
     uint32_t block = 0;
   };
-  RegisteredArena(std::span<std::byte> memory, std::unique_ptr<MemoryRegion> region,
-                  uint32_t max_leases);
+  RegisteredArena(Transport* transport, std::span<std::byte> memory,
+                  std::unique_ptr<MemoryRegion> region, uint32_t max_leases);
   void Hold(uint32_t block) { ++holders_[block]; }
   void Drop(uint32_t block);
   bool Revoke(uint64_t window, uint32_t block);
 
+  Transport* transport_;
   std::span<std::byte> memory_;
   std::unique_ptr<MemoryRegion> region_;
   RangeAllocator allocator_;

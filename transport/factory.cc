@@ -5,7 +5,7 @@
 namespace kvant {
 namespace {
 
-constexpr std::array<TransportBackend, 3> kBackends = {{
+constexpr std::array<TransportBackend, 4> kBackends = {{
     {.name = "mpi",
      .unavailable = [](const TransportOptions& options) -> std::optional<std::string> {
        if (options.mpi != nullptr) return std::nullopt;
@@ -17,7 +17,17 @@ constexpr std::array<TransportBackend, 3> kBackends = {{
        return std::nullopt;
      },
      .make = [](const TransportOptions& options) -> Result<std::unique_ptr<Transport>> {
-       KV_ASSIGN_OR_RETURN(std::unique_ptr<Transport> made, MakeTcpTransport(options.tcp));
+       KV_ASSIGN_OR_RETURN(std::unique_ptr<TcpTransport> tcp, MakeTcpTransport(options.tcp));
+       if (options.tcp_alone) return std::unique_ptr<Transport>(std::move(tcp));
+       KV_ASSIGN_OR_RETURN(std::unique_ptr<ShmTransport> shm, MakeShmTransport(options.shm));
+       return MakeHostTransport(std::move(tcp), std::move(shm));
+     }},
+    {.name = "shm",
+     .unavailable = [](const TransportOptions&) -> std::optional<std::string> {
+       return std::nullopt;
+     },
+     .make = [](const TransportOptions& options) -> Result<std::unique_ptr<Transport>> {
+       KV_ASSIGN_OR_RETURN(std::unique_ptr<Transport> made, MakeShmTransport(options.shm));
        return made;
      }},
     {.name = "loopback",

@@ -8,6 +8,7 @@
 #include <string>
 #include <string_view>
 
+#include "transport/host_transport.h"
 #include "transport/loopback.h"
 #include "transport/mpi.h"
 #include "transport/tcp.h"
@@ -17,7 +18,9 @@ namespace kvant {
 
 // What the backends need. Borrowed for the call, but for the session, which outlives the transport.
 struct TransportOptions {
-  TcpOptions tcp;
+  TcpOptions tcp{};
+  ShmOptions shm{};
+  bool tcp_alone = false;           // peers of this host over tcp as well
   LoopbackHub* loopback = nullptr;  // nullptr: loopback cannot be used
   MpiSession* mpi = nullptr;        // nullptr: mpi cannot be used
 };
@@ -37,8 +40,8 @@ std::span<const TransportBackend> TransportBackends();
 Result<std::unique_ptr<Transport>> MakeTransport(std::string_view name,
                                                  const TransportOptions& options);
 
-// The backend that an address names: "tcp://..." -> "tcp", "mpi:2" -> "mpi", "loopback:a" ->
-// "loopback". kInvalidArgument: none does.
+// The backend that an address names: "tcp://..." -> "tcp", "mpi:2" -> "mpi", "shm:a" -> "shm",
+// "loopback:a" -> "loopback". kInvalidArgument: none does.
 Result<std::string_view> BackendOfAddress(std::string_view address);
 
 }  // namespace kvant

@@ -81,6 +81,8 @@ class Faulty final : public FaultyTransport {
     KV_ASSIGN_OR_RETURN(std::unique_ptr<MemoryRegion> inner, inner_->Register(memory));
     return std::unique_ptr<MemoryRegion>(new FaultyRegion(this, std::move(inner)));
   }
+  Result<std::span<std::byte>> MapPages(uint64_t bytes) override { return inner_->MapPages(bytes); }
+  void UnmapPages(std::span<std::byte> pages) override { inner_->UnmapPages(pages); }
   void Poll(std::vector<Event>* events) override;
   void Wait(Duration at_most) override {
     // What is delayed comes with the next Polls.

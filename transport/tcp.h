@@ -42,6 +42,11 @@ class TcpTransport : public Transport {
   // The port of the bulk listener, 0 before Listen.
   virtual uint16_t bulk_port() const = 0;
   virtual TcpDefects defects() const = 0;
+  // What Wait sleeps on: readable when there may be something to poll.
+  virtual int descriptor() const = 0;
+  // How much of that time Wait would sleep, unless the descriptor becomes readable; 0: there may be
+  // something to poll now.
+  virtual Duration MaySleep(Duration at_most) = 0;
 };
 
 Result<std::unique_ptr<TcpTransport>> MakeTcpTransport(const TcpOptions& options);

@@ -66,6 +66,8 @@ class Tcp final : public TcpTransport {
     return MakeTableRegion(shared_.windows, memory);
   }
   void Poll(std::vector<Event>* events) override;
+  int descriptor() const override { return shared_.epoll.fd(); }
+  Duration MaySleep(Duration at_most) override;
   void Wait(Duration at_most) override;
   LinkCounters counters() const override {
     LinkCounters sum = closed_counters_;
@@ -228,18 +230,23 @@ void Tcp::HandOver(std::vector<Event>* events) {
   shared_.events.clear();
 }
 
-void Tcp::Wait(Duration at_most) {
-  if (at_most <= Duration::zero() || !shared_.events.empty()) return;
+Duration Tcp::MaySleep(Duration at_most) {
+  if (at_most <= Duration::zero() || !shared_.events.empty()) return Duration::zero();
   if (shared_.router_hot) {
-    if (shared_.router.Readable()) return;
+    if (shared_.router.Readable()) return Duration::zero();
     shared_.router_hot = false;
   }
   for (const EndpointId id : shared_.active) {
     TcpEndpoint* endpoint = FindEndpoint(id);
-    if (endpoint != nullptr && endpoint->ReadyNow()) return;
+    if (endpoint != nullptr && endpoint->ReadyNow()) return Duration::zero();
   }
   const Duration until_deadline = NextDeadline() - SteadyClock().Now();
-  const Duration sleep = std::max(Duration::zero(), std::min(at_most, until_deadline));
+  return std::max(Duration::zero(), std::min(at_most, until_deadline));
+}
+
+void Tcp::Wait(Duration at_most) {
+  const Duration sleep = MaySleep(at_most);
+  if (sleep <= Duration::zero()) return;
   const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(sleep);
   const timespec timeout{.tv_sec = seconds.count(), .tv_nsec = (sleep - seconds).count()};
   pollfd ready{.fd = shared_.epoll.fd(), .events = POLLIN, .revents = 0};

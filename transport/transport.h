@@ -93,7 +93,7 @@ struct LinkCounters {
 };
 
 struct Capabilities {
-  std::string_view name;         // "loopback", "mpi", "tcp"
+  std::string_view name;         // "loopback", "mpi", "shm", "tcp"
   size_t max_message_bytes = 0;  // Send refuses more
   size_t max_outstanding = 0;    // transfers in flight on one endpoint; Submit refuses more
   uint64_t max_transfer_bytes = 0;
@@ -148,6 +148,10 @@ class Transport {
   // nullptr when unknown or closed.
   virtual Endpoint* Find(EndpointId id) = 0;
   virtual Result<std::unique_ptr<MemoryRegion>> Register(std::span<std::byte> memory) = 0;
+  // Zeroed pages for a region, of which peers reach what is exposed: shm exposes no others.
+  // UnmapPages takes them back, after their regions. REQUIRES: whole pages.
+  virtual Result<std::span<std::byte>> MapPages(uint64_t bytes);
+  virtual void UnmapPages(std::span<std::byte> pages);
   // Makes progress and appends what happened. Never blocks.
   virtual void Poll(std::vector<Event>* events) = 0;
   // Sleeps until there may be something to poll, at most this long.

@@ -9,8 +9,10 @@
 #include <thread>
 
 #include "base/bytes.h"
+#include "base/random.h"
 #include "transport/arena.h"
 #include "transport/factory.h"
+#include "transport/shared_memory.h"
 #include "transport/tcp_socket.h"
 #include "transport/transport_bench_internal.h"
 
@@ -249,12 +251,11 @@ class OurServer final : public Server, public Side {
   double cpu_start_ = 0;
 };
 
-// The plain loop of memory: memcpy of one slot after the other.
+// The plain loop of memory: memcpy of one slot after the other, out of memory that outlives it.
 class PlainMemory final : public Asker {
  public:
+  explicit PlainMemory(std::span<const std::byte> from) : from_(from), to_(from.size()) {}
   Status Run(const Shape& shape, Duration time, Sample* sample) override {
-    from_.resize(shape.size * shape.outstanding);
-    to_.resize(from_.size());
     Pacer pacer(shape, time, sample);
     while (!pacer.finished()) {
       const std::vector<uint32_t> slots = pacer.idle();
@@ -269,7 +270,7 @@ class PlainMemory final : public Asker {
   }
 
  private:
-  std::vector<std::byte> from_;
+  std::span<const std::byte> from_;
   std::vector<std::byte> to_;
 };
 
@@ -335,7 +336,7 @@ Status ServeRows(const TransportBenchOptions& options, Server* ours, Server* pla
   for (const Shape& shape : Shapes(options)) {
     for (int round = 0; round < kRounds; ++round) {
       KV_RETURN_IF_ERROR(ours->Serve(shape));
-      KV_RETURN_IF_ERROR(plain->Serve(shape));
+      if (plain != nullptr) KV_RETURN_IF_ERROR(plain->Serve(shape));
     }
   }
   return OkStatus();
@@ -358,7 +359,8 @@ Status BenchLoopback(const TransportBenchOptions& options, std::vector<Transport
     if (!found.ok()) failed = found.status();
   };
   KV_RETURN_IF_ERROR(asker.Connect(address));
-  PlainMemory plain;
+  const std::vector<std::byte> from(ArenaBytes(options));
+  PlainMemory plain(from);
   KV_RETURN_IF_ERROR(RunRows(
       "loopback", options, &asker, &plain, [&](const Shape& shape) { return server.Begin(shape); },
       rows));
@@ -382,31 +384,51 @@ Result<std::pair<tcp::Socket, tcp::Socket>> ConnectedSockets() {
   return Unavailable("the bench: connecting a socket to itself");
 }
 
-Status BenchTcp(const TransportBenchOptions& options, std::vector<TransportBenchRow>* rows) {
-  KV_ASSIGN_OR_RETURN(auto sockets, ConnectedSockets());
-  KV_ASSIGN_OR_RETURN(const auto ours, MakeTcpTransport({}));
+// Between two threads, each with a transport of its own. plain_server: nullptr where the plain loop
+// needs no other side. stop: ends the plain loop's wait early.
+Status BenchThreads(std::string_view backend, const TransportBenchOptions& options, Transport* ours,
+                    Transport* theirs, std::string_view listen, Asker* plain, Server* plain_server,
+                    const std::function<void()>& stop, std::vector<TransportBenchRow>* rows) {
   KV_ASSIGN_OR_RETURN(const auto our_arena,
-                      RegisteredArena::Create(ours.get(), {.bytes = ArenaBytes(options)}));
-  KV_ASSIGN_OR_RETURN(const auto theirs, MakeTcpTransport({}));
+                      RegisteredArena::Create(ours, {.bytes = ArenaBytes(options)}));
   KV_ASSIGN_OR_RETURN(const auto their_arena,
-                      RegisteredArena::Create(theirs.get(), {.bytes = ArenaBytes(options)}));
-  KV_ASSIGN_OR_RETURN(const std::string address, theirs->Listen("tcp://127.0.0.1:0"));
+                      RegisteredArena::Create(theirs, {.bytes = ArenaBytes(options)}));
+  KV_ASSIGN_OR_RETURN(const std::string address, theirs->Listen(listen));
   Status served;
   // The peer's thread is the one owner of its transport from here to the join.
   std::thread peer([&] {
-    OurServer server(theirs.get(), their_arena.get(), false);
-    const auto plain = MakePlainTcpServer(sockets.second.fd());
-    served = ServeRows(options, &server, plain.get());
+    OurServer server(theirs, their_arena.get(), false);
+    served = ServeRows(options, &server, plain_server);
   });
-  OurAsker asker(ours.get(), our_arena.get());
-  const auto plain = MakePlainTcpAsker(sockets.first.fd());
+  OurAsker asker(ours, our_arena.get());
   Status asked = asker.Connect(address);
-  if (asked.ok()) asked = RunRows("tcp", options, &asker, plain.get(), {}, rows);
-  // If we stopped early, the peer notices within kStuck; sooner when its plain socket closes.
-  if (!asked.ok()) shutdown(sockets.first.fd(), SHUT_RDWR);
+  if (asked.ok()) asked = RunRows(backend, options, &asker, plain, {}, rows);
+  // If we stopped early, the peer notices within kStuck.
+  if (!asked.ok() && stop) stop();
   peer.join();
   KV_RETURN_IF_ERROR(asked);
   return served;
+}
+
+Status BenchTcp(const TransportBenchOptions& options, std::vector<TransportBenchRow>* rows) {
+  KV_ASSIGN_OR_RETURN(auto sockets, ConnectedSockets());
+  KV_ASSIGN_OR_RETURN(const auto ours, MakeTcpTransport({}));
+  KV_ASSIGN_OR_RETURN(const auto theirs, MakeTcpTransport({}));
+  const auto plain = MakePlainTcpAsker(sockets.first.fd());
+  const auto plain_server = MakePlainTcpServer(sockets.second.fd());
+  return BenchThreads(
+      "tcp", options, ours.get(), theirs.get(), "tcp://127.0.0.1:0", plain.get(),
+      plain_server.get(), [&] { shutdown(sockets.first.fd(), SHUT_RDWR); }, rows);
+}
+
+Status BenchShm(const TransportBenchOptions& options, std::vector<TransportBenchRow>* rows) {
+  KV_ASSIGN_OR_RETURN(const auto ours, MakeShmTransport({}));
+  KV_ASSIGN_OR_RETURN(const auto theirs, MakeShmTransport({}));
+  KV_ASSIGN_OR_RETURN(SharedMemory from, SharedMemory::Create(ArenaBytes(options)));
+  PlainMemory plain(from.bytes());
+  return BenchThreads("shm", options, ours.get(), theirs.get(),
+                      fmt::format("shm:bench-{:x}", SecureRandomUint64()), &plain, nullptr, {},
+                      rows);
 }
 
 #ifdef KVANT_HAVE_MPI
@@ -446,9 +468,9 @@ Result<std::vector<TransportBenchRow>> RunTransportBench(const TransportBenchOpt
            std::count(options.backends.begin(), options.backends.end(), std::string(name)) > 0;
   };
   for (const std::string& name : options.backends) {
-    if (name != "loopback" && name != "tcp" && name != "mpi") {
-      return InvalidArgument("the transport bench: no backend '{}'; there are loopback, tcp, mpi",
-                             name);
+    if (name != "loopback" && name != "shm" && name != "tcp" && name != "mpi") {
+      return InvalidArgument(
+          "the transport bench: no backend '{}'; there are loopback, shm, tcp, mpi", name);
     }
   }
   const bool ranks = options.mpi != nullptr && options.mpi->size() >= 2;
@@ -458,6 +480,7 @@ Result<std::vector<TransportBenchRow>> RunTransportBench(const TransportBenchOpt
   }
   const bool first = options.mpi == nullptr || options.mpi->rank() == 0;
   if (first && wanted("loopback")) KV_RETURN_IF_ERROR(bench::BenchLoopback(options, &rows));
+  if (first && wanted("shm")) KV_RETURN_IF_ERROR(bench::BenchShm(options, &rows));
   if (first && wanted("tcp")) KV_RETURN_IF_ERROR(bench::BenchTcp(options, &rows));
     // The other ranks wait here meanwhile, without using the cores.
 #ifdef KVANT_HAVE_MPI
