@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <fstream>
 #include <vector>
 
 #include "base/random.h"
@@ -78,6 +79,13 @@ Rate MeasureRead(size_t buffer_bytes, ThreadPool* pool, Duration at_least) {
       total.fetch_add(sum, std::memory_order_relaxed);
     });
   });
+}
+
+Rate MeasureCopy(size_t buffer_bytes, Duration at_least) {
+  const std::vector<std::byte> from(buffer_bytes, std::byte{1});
+  std::vector<std::byte> to(buffer_bytes);
+  return Repeat(static_cast<double>(buffer_bytes), at_least,
+                [&] { std::memcpy(to.data(), from.data(), buffer_bytes); });
 }
 
 Result<Rate> MeasurePlainGemm(const GemmShape& shape, ThreadPool* pool, Duration at_least) {
@@ -292,6 +300,86 @@ RansRates MeasureRans(size_t symbols, int alphabet, int tables, Duration at_leas
   } while (clock.Now() < end);
   return {static_cast<double>(symbols) / Seconds(encode),
           static_cast<double>(symbols) / Seconds(decode)};
+}
+
+AttentionRates MeasureAttention(const AttentionWork& work, ThreadPool* pool, Duration at_least) {
+  constexpr int kPiece = 8;  // blocks that one thread takes at once, as a node does
+  const LayerShape& shape = work.shape;
+  const int blocks = work.context / shape.keys.tokens;
+  const PayloadLayout layout(*work.codec, shape, 1);
+  std::vector<std::byte> one(layout.total_bytes());
+  for (const SegmentKind kind : {SegmentKind::kKey, shape.value_kind()}) {
+    const SegmentShape& segment = shape.Of(kind);
+    const std::vector<float> x =
+        Normals(Product(segment.tokens, segment.kv_heads * segment.head_dim), 3);
+    float max_error[kMaxCuts];
+    work.codec->encode(kind, segment, x.data(), layout.MutableRanges(kind, 0, one.data()),
+                       max_error);
+  }
+  std::vector<std::byte> all;
+  all.reserve(one.size() * Product(blocks, work.layers));
+  for (int i = 0; i < blocks * work.layers; ++i) all.insert(all.end(), one.begin(), one.end());
+
+  const int value_dim = shape.values.head_dim;
+  const int pieces = (blocks + kPiece - 1) / kPiece;
+  const auto heads = static_cast<size_t>(work.q_heads);
+  const size_t value_width = heads * static_cast<size_t>(value_dim);
+  const std::vector<float> q = Normals(heads * static_cast<size_t>(KeyDim(shape)), 4);
+  std::vector<float> max(Product(pieces, work.q_heads));
+  std::vector<float> sum(max.size());
+  std::vector<float> weighted(static_cast<size_t>(pieces) * value_width);
+  std::vector<float> out(value_width);
+  const auto query = [&](int piece) {
+    const auto at = static_cast<size_t>(piece);
+    return QueryBlock{1,
+                      work.q_heads,
+                      q.data(),
+                      0.1F,
+                      max.data() + at * heads,
+                      sum.data() + at * heads,
+                      weighted.data() + at * value_width};
+  };
+  // stride: from one block to the next.
+  const auto step = [&](size_t stride) {
+    for (int layer = 0; layer < work.layers; ++layer) {
+      pool->ParallelFor(pieces, [&](int piece) {
+        const QueryBlock block = query(piece);
+        InitPartials(block, value_dim);
+        for (int i = piece * kPiece; i < std::min(blocks, (piece + 1) * kPiece); ++i) {
+          const std::byte* payload =
+              all.data() + (Product(layer, blocks) + static_cast<size_t>(i)) * stride;
+          AttendTile(block, {work.codec, shape,
+                             layout.Ranges(SegmentKind::kKey, 0, work.codec->key_cuts, payload),
+                             layout.Ranges(shape.value_kind(), 0,
+                                           work.codec->cuts(shape.value_kind()), payload)});
+        }
+      });
+      for (int piece = 1; piece < pieces; ++piece) MergePartials(query(piece), query(0), value_dim);
+      FinishPartials(query(0), value_dim, out.data());
+    }
+  };
+  AttentionRates rates;
+  rates.step_bytes = static_cast<double>(all.size());
+  rates.steps = Repeat(1, at_least, [&] { step(one.size()); }).per_second;
+  rates.steps_in_cache = Repeat(1, at_least, [&] { step(0); }).per_second;
+  return rates;
+}
+
+std::string CpuName() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    const size_t value = line.find(": ");
+    if (line.starts_with("model name") && value != std::string::npos) return line.substr(value + 2);
+  }
+  return "unknown";
+}
+
+std::string_view CompilerName() {
+#ifdef __clang__
+  return "clang++ " __clang_version__;
+#else
+  return "g++ " __VERSION__;
+#endif
 }
 
 }  // namespace kvant::kernels

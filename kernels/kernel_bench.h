@@ -4,6 +4,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <string_view>
 
 #include "base/clock.h"
 #include "base/status.h"
@@ -23,6 +25,9 @@ inline constexpr Duration kBenchTime = std::chrono::milliseconds(200);
 
 // Bytes a second that `pool` reads from a buffer of this size, over and over.
 Rate MeasureRead(size_t buffer_bytes, ThreadPool* pool, Duration at_least = kBenchTime);
+
+// The same of copying such a buffer, on this thread.
+Rate MeasureCopy(size_t buffer_bytes, Duration at_least = kBenchTime);
 
 // The shape y[rows][out] = x[rows][in] * W^T.
 struct GemmShape {
@@ -61,6 +66,27 @@ struct TileRates {
 TileRates MeasureTile(const Codec& codec, const SegmentShape& shape, int key_cuts, int value_cuts,
                       int q_heads, int rows, size_t working_set_bytes,
                       Duration at_least = kBenchTime);
+
+// Attention of one decoding step, as a node computes it: every layer's tokens in pieces on the
+// threads of a pool, partial softmaxes merged.
+struct AttentionWork {
+  const Codec* codec = nullptr;
+  LayerShape shape;  // of a block of one layer
+  int q_heads = 0;
+  int context = 0;  // tokens, whole blocks
+  int layers = 0;
+};
+struct AttentionRates {
+  double steps = 0.0;           // a second
+  double steps_in_cache = 0.0;  // the same where every block is one and the same: arithmetic alone
+  double step_bytes = 0.0;      // that a step reads
+};
+AttentionRates MeasureAttention(const AttentionWork& work, ThreadPool* pool,
+                                Duration at_least = kBenchTime);
+
+// What rows of a benchmark name: "Intel(R) Xeon(R) ..." as the system says it, "g++ 12.2.0".
+std::string CpuName();
+std::string_view CompilerName();
 
 // The lossless coder on one thread, over segments of one shape that fill `working_set_bytes` as
 // bf16, with a plain copy of the same bytes beside it. Rates in bytes of bf16, of the fastest of

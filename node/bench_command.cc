@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/random.h"
+#include "cache_service/lookup_bench.h"
 #include "kernels/blas.h"
 #include "kernels/implementation.h"
 #include "kernels/kernel_bench.h"
@@ -24,7 +25,13 @@ Duration ToDuration(double seconds) {
   return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
 }
 
-Status WriteRows(const std::string& path, const Json& rows) {
+// rows: an array, each of which gets what every row says.
+Status WriteRows(const std::string& path, Json rows) {
+  for (Json& row : rows) {
+    row["cpu"] = kernels::CpuName();
+    row["openblas_core_type"] = kernels::BlasCoreType();
+    row["compiler"] = kernels::CompilerName();
+  }
   return path.empty() ? OkStatus() : WriteFile(path, rows.dump(2) + "\n");
 }
 
@@ -168,6 +175,30 @@ Result<Json> DecodeRowOf(const NodeBench& bench, const BlockClass& block_class, 
               {"read_gb_per_s", read.per_second / 1e9}};
 }
 
+// What attention is measured with. The first is the model of docs/performance.md, whole; the others
+// are one layer of it.
+struct KernelShape {
+  std::string name;  // of heads: their size, and of latents key and value
+  kernels::LayerShape state;
+  int q_heads = 0;
+  int context = 0;
+  int layers = 0;
+};
+
+std::vector<KernelShape> KernelShapes() {
+  const auto state = [](int kv_heads, int head_dim) {
+    return kernels::KeysAndValues({kBlockTokens, kv_heads, head_dim});
+  };
+  std::vector<KernelShape> shapes = {{"64", state(4, 64), 16, 16384, 12},
+                                     {"64", state(4, 64), 16, 4096, 12}};
+  for (const int head_dim : {64, 96, 128, 192, 256})
+    shapes.push_back({std::to_string(head_dim), state(2, head_dim), 8, 8192, 1});
+  for (const int group : {1, 8, 16}) shapes.push_back({"128", state(2, 128), 2 * group, 8192, 1});
+  const kernels::LayerShape latent = {{kBlockTokens, 1, 64}, {kBlockTokens, 1, 512}, true};
+  shapes.push_back({"576/512", latent, 16, 8192, 1});
+  return shapes;
+}
+
 }  // namespace
 
 Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv) {
@@ -204,6 +235,94 @@ Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv)
   return 0;
 }
 
+Result<int> BenchLookups(const BenchOptions& options) {
+  LookupBenchOptions bench;
+  bench.time_per_row = ToDuration(options.seconds_per_row);
+  KV_ASSIGN_OR_RETURN(const std::vector<LookupBenchRow> rows, RunLookupBench(bench));
+  std::printf("%-9s %8s %6s %12s %10s\n", "transport", "stored", "chain", "10^6 keys/s", "p50 us");
+  Json json = Json::array();
+  for (const LookupBenchRow& row : rows) {
+    std::printf("%-9s %8zu %6zu %12.2f %10.1f\n", std::string(row.transport).c_str(), row.stored,
+                bench.chain, row.keys_per_s / 1e6, row.lookup_us_p50);
+    json.push_back({{"transport", row.transport},
+                    {"stored_blocks", row.stored},
+                    {"chain", bench.chain},
+                    {"outstanding", bench.outstanding},
+                    {"keys_per_s", row.keys_per_s},
+                    {"lookup_us_p50", row.lookup_us_p50}});
+  }
+  KV_RETURN_IF_ERROR(WriteRows(options.json, json));
+  return 0;
+}
+
+Result<int> BenchKernels(const BenchOptions& options) {
+  KV_RETURN_IF_ERROR(kernels::ChooseImplementation());
+  KV_RETURN_IF_ERROR(kernels::LoadBlas());
+  const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
+  const Duration each = ToDuration(options.seconds_per_row / 2);
+  std::printf("%s, kernels for %s, OpenBLAS core type %s, %s\n", kernels::CpuName().c_str(),
+              std::string(kernels::ActiveImplementation().name).c_str(),
+              kernels::BlasCoreType().c_str(), std::string(kernels::CompilerName()).c_str());
+  std::printf("%-12s %-6s %9s %6s %8s %8s %9s %9s %7s %10s %s\n", "kernel", "codec", "head dim",
+              "group", "context", "threads", "GB/s", "limit", "share", "tokens/s", "bound");
+  Json rows = Json::array();
+  // limit: bytes a second that are read or copied, whichever the kernel does.
+  const auto add = [&](const char* kernel, const kernels::Codec& codec, const std::string& head_dim,
+                       int group, int context, int threads, double rate, double limit,
+                       double tokens, const char* bound) {
+    std::printf("%-12s %-6s %9s %6d %8d %8d %9.2f %9.2f %6.0f%% %10.0f %s\n", kernel,
+                std::string(codec.name).c_str(), head_dim.c_str(), group, context, threads,
+                rate / 1e9, limit / 1e9, 100 * rate / limit, tokens, bound);
+    rows.push_back({{"kernel", kernel},
+                    {"isa", kernels::ActiveImplementation().name},
+                    {"codec", codec.name},
+                    {"head_dim", head_dim},
+                    {"group", group},
+                    {"context", context},
+                    {"threads", threads},
+                    {"gb_per_s", rate / 1e9},
+                    {"read_gb_per_s", limit / 1e9},
+                    {"tokens_per_s", tokens},
+                    {"bound", bound}});
+  };
+  for (const KernelShape& shape : KernelShapes()) {
+    for (const char* name : {"raw", "tile8", "tile4"}) {
+      KV_ASSIGN_OR_RETURN(const kernels::Codec* codec, kernels::FindCodec(name));
+      for (const int threads : {1, options.threads > 0 ? options.threads : cores}) {
+        kernels::ThreadPool pool(threads);
+        const kernels::AttentionRates rates = kernels::MeasureAttention(
+            {codec, shape.state, shape.q_heads, shape.context, shape.layers}, &pool, each);
+        const double read =
+            kernels::MeasureRead(static_cast<size_t>(rates.step_bytes), &pool, each / 4).per_second;
+        // Whichever is slower: reading as much, or attending as much that need not be read.
+        const double arithmetic = rates.steps_in_cache * rates.step_bytes;
+        add("attend", *codec, shape.name, shape.q_heads / shape.state.keys.kv_heads, shape.context,
+            threads, rates.steps * rates.step_bytes, read, rates.steps,
+            arithmetic < read ? "arithmetic" : "memory");
+        if (threads == cores) break;
+      }
+    }
+  }
+  for (const int head_dim : {64, 128, 256}) {
+    for (const char* name : {"tile8", "tile4"}) {
+      KV_ASSIGN_OR_RETURN(const kernels::Codec* codec, kernels::FindCodec(name));
+      constexpr size_t kWorkingSet = size_t{64} << 20;
+      const kernels::TileRates rates =
+          kernels::MeasureTile(*codec, {kBlockTokens, 4, head_dim}, codec->key_cuts,
+                               codec->value_cuts, 4, 1, kWorkingSet, each / 4);
+      const double copy = kernels::MeasureCopy(kWorkingSet, each / 4).per_second;
+      const double token_bytes = 2.0 * 2 * 4 * head_dim;
+      for (const bool encode : {true, false}) {
+        const double rate = encode ? rates.encode : rates.decode;
+        add(encode ? "tile_encode" : "tile_decode", *codec, std::to_string(head_dim), 1,
+            kBlockTokens, 1, rate, copy, rate / token_bytes, "arithmetic");
+      }
+    }
+  }
+  KV_RETURN_IF_ERROR(WriteRows(options.json, rows));
+  return 0;
+}
+
 Result<int> BenchNode(const BenchOptions& options) {
   KV_RETURN_IF_ERROR(kernels::LoadBlas());
   const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
@@ -237,7 +356,6 @@ Result<int> BenchNode(const BenchOptions& options) {
       std::printf("%-8s %-6s %8d %10.0f %9s %9s %9.2f %9.2f %6.0f%%\n", "decode", name, context,
                   decode["tokens_per_s"].get<double>(), "", "", kv, read, 100 * kv / read);
       for (Json* row : {&prefill, &decode}) {
-        (*row)["openblas_core_type"] = kernels::BlasCoreType();
         (*row)["kernels"] = kernels::ActiveImplementation().name;
         rows.push_back(*row);
       }

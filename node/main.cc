@@ -312,16 +312,21 @@ int Main(int argc, char** argv) {
   BenchOptions bench;
   CLI::App* bench_transport = bench_command->add_subcommand(
       "transport", "Latency and throughput of every backend beside a plain loop");
+  CLI::App* bench_kernels = bench_command->add_subcommand(
+      "kernels", "Attention and tiles beside streaming reads and copies");
+  CLI::App* bench_lookups = bench_command->add_subcommand(
+      "lookups", "Batched lookups at one shard, in the process and over shared memory");
   CLI::App* bench_node =
       bench_command->add_subcommand("node", "Prefill beside sgemm, decode beside plain reads");
-  for (CLI::App* command : {bench_transport, bench_node}) {
+  for (CLI::App* command : {bench_transport, bench_lookups, bench_kernels, bench_node}) {
     command->add_option("--json", bench.json, "File that the rows go to");
     command->add_option("--seconds", bench.seconds_per_row, "Time for each row")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
   }
   bench_node->add_option("--model", bench.model, "Hugging Face model directory")->required();
-  bench_node->add_option("--threads", bench.threads, "Compute threads (default: one a core)");
+  for (CLI::App* command : {bench_kernels, bench_node})
+    command->add_option("--threads", bench.threads, "Compute threads (default: one a core)");
   KltBenchOptions bench_klt;
   CLI::App* bench_klt_command =
       bench_command->add_subcommand("klt", "A codec pack's speed beside prefill, on one core");
@@ -364,6 +369,8 @@ int Main(int argc, char** argv) {
     return ExitWith(Tokenize(tokenize));
   }
   if (report_command->parsed()) return ExitWith(ShowReport(report_in, baseline_in));
+  if (bench_lookups->parsed()) return ExitWith(BenchLookups(bench));
+  if (bench_kernels->parsed()) return ExitWith(BenchKernels(bench));
   if (bench_transport->parsed()) return ExitWith(BenchTransport(bench, &argc, &argv));
   return ExitWith(BenchNode(bench));
 }

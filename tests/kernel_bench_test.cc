@@ -41,6 +41,18 @@ TEST(KernelBenchTest, EveryRateIsPositive) {
     EXPECT_GT(rates.attend, 1e5) << codec->name;
     EXPECT_GT(rates.attend_encoded, 0.0) << codec->name;
   }
+  EXPECT_GT(MeasureCopy(1 << 20, kShort).per_second, 1e6);
+  const LayerShape latent = {{64, 1, 64}, {64, 1, 512}, true};
+  for (const LayerShape& shape : {KeysAndValues({64, 2, 64}), latent}) {
+    for (const Codec* codec : Codecs()) {
+      const AttentionRates rates = MeasureAttention({codec, shape, 8, 1024, 2}, &pool, kShort);
+      EXPECT_GT(rates.steps, 1.0) << codec->name;
+      EXPECT_GT(rates.steps_in_cache, 1.0) << codec->name;
+      EXPECT_GT(rates.step_bytes, 2.0 * 1024 * 64) << codec->name;
+    }
+  }
+  EXPECT_FALSE(CpuName().empty());
+  EXPECT_TRUE(CompilerName().find("++") != std::string_view::npos);
   for (const SegmentShape segment : {SegmentShape{64, 2, 64}, SegmentShape{64, 8, 128}}) {
     const LosslessRates lossless = MeasureLossless(SegmentKind::kValue, segment, 1 << 16, kLonger);
     EXPECT_GT(lossless.encode, 1e6);

@@ -14,7 +14,7 @@
 #include "cache_service/pump.h"
 #include "cluster/membership.h"
 #include "tests/block_maker.h"
-#include "transport/tcp.h"
+#include "transport/factory.h"
 
 namespace kvant {
 namespace {
@@ -118,11 +118,11 @@ TEST(Kvantd, ErrorsTeachAndExitWith2) {
   }
 }
 
-TEST(Kvantd, ServesBlocksOverTcp) {
+void ServesBlocks(bool tcp_alone, std::string_view transport_name) {
   Daemon first({"--listen", "tcp://127.0.0.1:0", "--memory", "8MiB"});
   Daemon second({"--listen", "tcp://127.0.0.1:0", "--memory", "8MiB"});
   const std::string list = AddressOf(first.ReadLine()) + "," + AddressOf(second.ReadLine());
-  Result<std::unique_ptr<TcpTransport>> transport = MakeTcpTransport({});
+  const auto transport = MakeTransport("tcp", {.tcp_alone = tcp_alone});
   ASSERT_TRUE(transport.ok());
   const Result<ShardMap> map = StaticShardMap(list);
   ASSERT_TRUE(map.ok()) << map.status().ToString();
@@ -130,6 +130,7 @@ TEST(Kvantd, ServesBlocksOverTcp) {
   ASSERT_TRUE(connection.ok()) << connection.status().ToString();
   CacheConnection& node = **connection;
   ASSERT_EQ(node.WaitConnected(std::chrono::seconds(10)), 2U);
+  EXPECT_EQ((*transport)->capabilities().name, transport_name);
   const std::vector<BlockKey> chain = TestChain(1, 128);
   std::vector<TestBlock> blocks;
   FetchRequest fetch;
@@ -191,6 +192,10 @@ TEST(Kvantd, ServesBlocksOverTcp) {
   EXPECT_GT(served, 0U);
   EXPECT_LT(served, half->size());
 }
+
+TEST(Kvantd, ServesBlocksOverTcp) { ServesBlocks(true, "tcp"); }
+
+TEST(Kvantd, ServesBlocksOverSharedMemory) { ServesBlocks(false, "shm"); }
 
 }  // namespace
 }  // namespace kvant
