@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "base/random.h"
-#include "cache_service/lookup_bench.h"
+#include "cache_service/service_bench.h"
 #include "kernels/blas.h"
 #include "kernels/implementation.h"
 #include "kernels/kernel_bench.h"
@@ -235,21 +235,30 @@ Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv)
   return 0;
 }
 
-Result<int> BenchLookups(const BenchOptions& options) {
-  LookupBenchOptions bench;
+Result<int> BenchService(const BenchOptions& options) {
+  ServiceBenchOptions bench;
   bench.time_per_row = ToDuration(options.seconds_per_row);
-  KV_ASSIGN_OR_RETURN(const std::vector<LookupBenchRow> rows, RunLookupBench(bench));
-  std::printf("%-9s %8s %6s %12s %10s\n", "transport", "stored", "chain", "10^6 keys/s", "p50 us");
+  KV_ASSIGN_OR_RETURN(const std::vector<ServiceBenchRow> rows, RunServiceBench(bench));
+  std::printf("%-9s %-7s %8s %9s %4s %10s %10s %12s\n", "transport", "op", "stored", "bytes", "out",
+              "p50 us", "p99 us", "rate");
   Json json = Json::array();
-  for (const LookupBenchRow& row : rows) {
-    std::printf("%-9s %8zu %6zu %12.2f %10.1f\n", std::string(row.transport).c_str(), row.stored,
-                bench.chain, row.keys_per_s / 1e6, row.lookup_us_p50);
+  for (const ServiceBenchRow& row : rows) {
+    const bool lookup = row.op == "lookup";
+    const double units =
+        lookup ? static_cast<double>(bench.chain) / 1e6 : static_cast<double>(row.size_bytes) / 1e9;
+    std::printf("%-9s %-7s %8zu %9llu %4zu %10.1f %10.1f %7.2f %s\n",
+                std::string(row.transport).c_str(), std::string(row.op).c_str(), row.stored,
+                static_cast<unsigned long long>(row.size_bytes), row.outstanding, row.us_p50,
+                row.us_p99, row.per_s * units, lookup ? "M keys/s" : "GB/s");
     json.push_back({{"transport", row.transport},
+                    {"op", row.op},
                     {"stored_blocks", row.stored},
-                    {"chain", bench.chain},
-                    {"outstanding", bench.outstanding},
-                    {"keys_per_s", row.keys_per_s},
-                    {"lookup_us_p50", row.lookup_us_p50}});
+                    {"chain", lookup ? bench.chain : 0},
+                    {"size_bytes", row.size_bytes},
+                    {"outstanding", row.outstanding},
+                    {"per_s", row.per_s},
+                    {"us_p50", row.us_p50},
+                    {"us_p99", row.us_p99}});
   }
   KV_RETURN_IF_ERROR(WriteRows(options.json, json));
   return 0;

@@ -16,8 +16,8 @@ struct BenchOptions {
 
 // Every backend beside a plain loop of its medium. argc, argv: for MPI, when started by mpirun.
 Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv);
-// Batched lookups at one shard, in this process and over shared memory.
-Result<int> BenchLookups(const BenchOptions& options);
+// Lookups, gets and puts at one shard, in this process, over shared memory and tcp.
+Result<int> BenchService(const BenchOptions& options);
 // The kernels by themselves, on one thread and on all: decode attention and tiles of many shapes
 // beside streaming reads and copies of as many bytes.
 Result<int> BenchKernels(const BenchOptions& options);

@@ -314,11 +314,11 @@ int Main(int argc, char** argv) {
       "transport", "Latency and throughput of every backend beside a plain loop");
   CLI::App* bench_kernels = bench_command->add_subcommand(
       "kernels", "Attention and tiles beside streaming reads and copies");
-  CLI::App* bench_lookups = bench_command->add_subcommand(
-      "lookups", "Batched lookups at one shard, in the process and over shared memory");
+  CLI::App* bench_service = bench_command->add_subcommand(
+      "service", "Lookups, gets and puts at one shard, in the process, over shm and tcp");
   CLI::App* bench_node =
       bench_command->add_subcommand("node", "Prefill beside sgemm, decode beside plain reads");
-  for (CLI::App* command : {bench_transport, bench_lookups, bench_kernels, bench_node}) {
+  for (CLI::App* command : {bench_transport, bench_service, bench_kernels, bench_node}) {
     command->add_option("--json", bench.json, "File that the rows go to");
     command->add_option("--seconds", bench.seconds_per_row, "Time for each row")
         ->check(CLI::PositiveNumber)
@@ -369,7 +369,7 @@ int Main(int argc, char** argv) {
     return ExitWith(Tokenize(tokenize));
   }
   if (report_command->parsed()) return ExitWith(ShowReport(report_in, baseline_in));
-  if (bench_lookups->parsed()) return ExitWith(BenchLookups(bench));
+  if (bench_service->parsed()) return ExitWith(BenchService(bench));
   if (bench_kernels->parsed()) return ExitWith(BenchKernels(bench));
   if (bench_transport->parsed()) return ExitWith(BenchTransport(bench, &argc, &argv));
   return ExitWith(BenchNode(bench));

@@ -13,7 +13,7 @@ kvant_test(block_store_memory_test LIBS kvant_cache_service LABELS unit TIMEOUT 
 kvant_test(hit_ratio_test SOURCES ${CMAKE_SOURCE_DIR}/cache_service/hit_ratio.cc
   LIBS kvant_cache_service nlohmann_json::nlohmann_json ZLIB::ZLIB LABELS unit TIMEOUT 120)
 kvant_test(cache_service_test LIBS kvant_cache_service LABELS unit TIMEOUT 120)
-kvant_test(lookup_bench_test LIBS kvant_cache_service LABELS bench TIMEOUT 60)
+kvant_test(service_bench_test LIBS kvant_cache_service LABELS bench TIMEOUT 60)
 kvant_test(shard_server_test LIBS kvant_cache_service LABELS unit TIMEOUT 120)
 kvant_test(corruption_test LIBS kvant_cache_service LABELS unit TIMEOUT 300)
 kvant_test(kvantd_test LIBS kvant_cache_service LABELS unit TIMEOUT 120)
