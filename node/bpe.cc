@@ -1,7 +1,9 @@
 #include "node/bpe.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <limits>
 #include <queue>
 #include <tuple>
 
@@ -10,6 +12,9 @@
 
 namespace kvant::node {
 namespace {
+
+// Pieces so short, nearly all of them, are looked through for each merge, which needs no memory.
+constexpr size_t kFewSymbols = 24;
 
 // A token of the piece under work; the live ones form a list.
 struct Symbol {
@@ -68,6 +73,7 @@ const PairTable::Value* PairTable::Find(int32_t left, int32_t right) const {
 void BpeMerges::Merge(std::span<const int32_t> piece, std::vector<int32_t>* ids) const {
   if (piece.empty()) return;
   KV_CHECK(piece.size() < size_t{1} << 31);
+  if (piece.size() <= kFewSymbols) return MergeFew(piece, ids);
   const auto count = static_cast<int32_t>(piece.size());
   std::vector<Symbol> symbols;
   symbols.reserve(piece.size());
@@ -104,6 +110,34 @@ void BpeMerges::Merge(std::span<const int32_t> piece, std::vector<int32_t>* ids)
     consider(best.left);
   }
   for (int32_t i = 0; i >= 0; i = symbols[i].next) ids->push_back(symbols[i].id);
+}
+
+void BpeMerges::MergeFew(std::span<const int32_t> piece, std::vector<int32_t>* ids) const {
+  constexpr PairTable::Value kNone = {std::numeric_limits<int32_t>::max(), -1};
+  std::array<int32_t, kFewSymbols> symbols;
+  std::array<PairTable::Value, kFewSymbols> merges;  // of a symbol and the next one
+  size_t count = piece.size();
+  std::copy(piece.begin(), piece.end(), symbols.begin());
+  const auto look = [&](size_t left) {
+    const PairTable::Value* merge =
+        left + 1 < count ? merges_.Find(symbols[left], symbols[left + 1]) : nullptr;
+    merges[left] = merge == nullptr ? kNone : *merge;
+  };
+  for (size_t i = 0; i < count; ++i) look(i);
+  while (true) {
+    const auto best = std::min_element(
+        merges.begin(), merges.begin() + static_cast<ptrdiff_t>(count),
+        [](const PairTable::Value& a, const PairTable::Value& b) { return a.first < b.first; });
+    if (best->second < 0) break;
+    const auto left = static_cast<size_t>(best - merges.begin());
+    symbols[left] = best->second;
+    --count;
+    std::copy(symbols.begin() + left + 2, symbols.begin() + count + 1, symbols.begin() + left + 1);
+    std::copy(merges.begin() + left + 2, merges.begin() + count + 1, merges.begin() + left + 1);
+    look(left);
+    if (left > 0) look(left - 1);
+  }
+  ids->insert(ids->end(), symbols.begin(), symbols.begin() + static_cast<ptrdiff_t>(count));
 }
 
 BpeSymbols::BpeSymbols() {

@@ -53,6 +53,9 @@ class BpeMerges {
   void Merge(std::span<const int32_t> symbols, std::vector<int32_t>* ids) const;
 
  private:
+  // Of few symbols, in their square.
+  void MergeFew(std::span<const int32_t> symbols, std::vector<int32_t>* ids) const;
+
   PairTable merges_;  // first: rank, second: the merged token
 };
 
