@@ -106,9 +106,12 @@ TEST(Kvantd, ErrorsTeachAndExitWith2) {
     std::vector<std::string> flags;
     std::string said;
   } cases[] = {
-      {{"--listen", taken}, "in use"},  {{"--listen", "127.0.0.1"}, "tcp://HOST:PORT"},
-      {{"--memory", "lots"}, "512MiB"}, {{"--memory", "1KiB"}, "at least"},
-      {{"--verbose"}, "--help"},        {{"--log-level", "loud"}, "info"},
+      {{"--listen", taken}, "in use"},
+      {{"--listen", "127.0.0.1"}, "tcp://HOST:PORT"},
+      {{"--memory", "lots"}, "512MiB"},
+      {{"--listen", "tcp://127.0.0.1:0", "--memory", "1KiB"}, "at least"},
+      {{"--verbose"}, "--help"},
+      {{"--log-level", "loud"}, "info"},
   };
   for (const auto& c : cases) {
     Daemon daemon(c.flags);
