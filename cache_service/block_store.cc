@@ -582,9 +582,12 @@ uint64_t BlockStore::IndexBytes(uint32_t max_blocks, uint32_t max_pins,
 Result<StorePlan> PlanStore(uint64_t memory_bytes, uint64_t expected_block_bytes) {
   constexpr uint64_t kLeast = uint64_t{1} << 20;
   constexpr uint64_t kMaxBlocks = uint64_t{1} << 28;
-  if (memory_bytes < kLeast || expected_block_bytes == 0) {
-    return InvalidArgument("a shard of {} bytes is too small to be of use; give it at least {}",
-                           memory_bytes, kLeast);
+  if (memory_bytes < kLeast) {
+    return InvalidArgument("a shard of {} bytes is too small to be of use; give it at least 1MiB",
+                           memory_bytes);
+  }
+  if (expected_block_bytes == 0) {
+    return InvalidArgument("blocks of 0 bytes: expect at least 1");
   }
   StorePlan plan;
   plan.max_blocks = static_cast<uint32_t>(

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "base/clock.h"
+#include "cache_service/block_store.h"
 #include "cache_service/shard_host.h"
 #include "transport/factory.h"
 
@@ -58,6 +59,10 @@ int Run(const Flags& flags) {
   const Result<uint64_t> block = ParseBytes(flags.expected_block);
   if (!block.ok())
     return Complain(InvalidArgument("--expected-block {}", block.status().message()));
+  if (*block == 0) return Complain(InvalidArgument("--expected-block 0: give at least 1 byte"));
+  if (const auto plan = PlanStore(*memory, *block); !plan.ok()) {
+    return Complain(InvalidArgument("--memory {}: {}", flags.memory, plan.status().message()));
+  }
   Result<std::unique_ptr<Transport>> transport = MakeTransport("tcp", {.tcp_alone = flags.no_shm});
   if (!transport.ok()) return Complain(transport.status());
   const Result<std::string> address = (*transport)->Listen(flags.listen);
@@ -90,6 +95,7 @@ int Main(int argc, char** argv) {
       "  kvant generate --cache tcp://127.0.0.1:7070,tcp://127.0.0.1:7071 --model DIR --prompt "
       "TEXT\n"
       "Prints one line on stdout when it is ready, logs on stderr, ends on SIGTERM or SIGINT."};
+  app.set_version_flag("--version", "kvantd " KVANT_VERSION);
   app.add_option("--listen", flags.listen,
                  "Address to serve on; nodes must spell it the same way. Port 0 takes a free one.")
       ->capture_default_str();

@@ -52,6 +52,7 @@ Result<int> Generate(const GenerateOptions& options) {
         {"hit_tokens", hit_tokens},
         {"recomputed_tokens", static_cast<uint64_t>(answer.prompt_tokens) - hit_tokens},
         {"fetched_bytes", fetched},
+        {"transport", session->transport_name()},
         {"ttft_ms", Milliseconds(answer.ttft)},
         {"tpot_ms", Milliseconds(answer.tpot)},
         {"peak_resident_bytes", PeakResidentBytes()}};
@@ -61,13 +62,18 @@ Result<int> Generate(const GenerateOptions& options) {
     std::fflush(stdout);
     std::fprintf(
         stderr,
-        "kvant: %llu of %d prompt tokens found in the cache (%s fetched), %llu computed; "
+        "kvant: %llu of %d prompt tokens found in the cache (%s fetched over %s), %llu computed; "
         "first token after %.1f ms, then %.2f ms each; resident memory: %s at its peak\n",
         static_cast<unsigned long long>(hit_tokens), answer.prompt_tokens,
         FormatBytes(static_cast<double>(fetched)).c_str(),
+        std::string(session->transport_name()).c_str(),
         static_cast<unsigned long long>(static_cast<uint64_t>(answer.prompt_tokens) - hit_tokens),
         Milliseconds(answer.ttft), Milliseconds(answer.tpot),
         FormatBytes(static_cast<double>(PeakResidentBytes())).c_str());
+    if (answer.finish == FinishReason::kLength &&
+        static_cast<int>(answer.tokens.size()) < options.request.max_tokens) {
+      std::fprintf(stderr, "kvant: it ends there because the model's context is full\n");
+    }
   }
   while (!scheduler.idle()) step();
   node.Drain();

@@ -1,4 +1,5 @@
 // The program `kvant`: reads the command line and hands over.
+#include <fmt/format.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/spdlog.h>
 
@@ -48,8 +49,40 @@ void AddBytes(CLI::App* command, const std::string& flag, uint64_t* bytes,
       ->type_name("SIZE");
 }
 
+// What is wrong with the first words, if they should name a command and don't.
+std::string UnknownCommand(const CLI::App& app, int argc, char** argv) {
+  const CLI::App* at = &app;
+  for (int i = 1; i < argc && argv[i][0] != '-'; ++i) {
+    const auto commands = at->get_subcommands([](const CLI::App*) { return true; });
+    if (commands.empty()) return "";
+    std::string names;
+    const CLI::App* found = nullptr;
+    for (const CLI::App* command : commands) {
+      if (command->get_name() == argv[i]) found = command;
+      names += (names.empty() ? "" : ", ") + command->get_name();
+    }
+    if (found == nullptr) return fmt::format("no command '{}': there are {}", argv[i], names);
+    at = found;
+  }
+  return "";
+}
+
+// A number that is at least 0, without CLI11's range of 300 digits in the error.
+CLI::Validator AtLeastNothing() {
+  return {[](const std::string& text) {
+            try {
+              size_t end = 0;
+              if (std::stod(text, &end) >= 0 && end == text.size()) return std::string();
+            } catch (const std::exception&) {
+            }
+            return "give a number of at least 0, not '" + text + "'";
+          },
+          "NUMBER"};
+}
+
 void AddNodeOptions(CLI::App* command, NodeOptions* node) {
-  command->add_option("--model", node->model, "Hugging Face model directory")->required();
+  command->add_option("--model", node->model, "Hugging Face model directory, or a GGUF file")
+      ->required();
   command
       ->add_option("--codec", node->codec,
                    "What is stored and attended: raw, raw-fp16, raw-fp32, tile8, tile4")
@@ -66,8 +99,8 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
       ->add_option(
           "--cuts", node->cuts,
           "Cuts of the pack that a block of --store klt holds: one, or such as refine each "
-          "other, comma-separated; with --codec raw, 'exact' may stand behind them")
-      ->capture_default_str();
+          "other, comma-separated; with --codec raw, 'exact' may stand behind them (default fine)")
+      ->type_name("TEXT");
   command
       ->add_option(
           "--recompute", node->recompute,
@@ -89,7 +122,7 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
           "--max-kl", node->max_kl,
           "The most that reading may cost, nats a token: of the cuts that keep it each fetch reads "
           "the one that gives the first token soonest")
-      ->check(CLI::NonNegativeNumber);
+      ->check(AtLeastNothing());
   command->add_option("--domain", node->domains,
                       "DOMAIN=tenant,tenant,...: tenants that share blocks (default: each alone)");
   command->add_option("--secret-file", node->secret_file,
@@ -197,7 +230,7 @@ int Main(int argc, char** argv) {
       "  mpirun -np 4 kvant run --roles cache=2,prefill=1,decode=1 --model models/gqa-5m \\\n"
       "      --requests examples/requests.jsonl --answers out.jsonl --report report.json"};
   app.require_subcommand(1);
-  app.set_version_flag("--version", KVANT_VERSION);
+  app.set_version_flag("--version", "kvant " KVANT_VERSION);
   std::string log_level = "warn";
   app.add_option("--log-level", log_level, "trace, debug, info, warn, error, off")
       ->check(CLI::IsMember({"trace", "debug", "info", "warn", "error", "off"}))
@@ -215,7 +248,7 @@ int Main(int argc, char** argv) {
                           "Ranks of each role, e.g. cache=2,prefill=1,decode=1 (under mpirun)");
   run_command
       ->add_option("--transport", run.transport,
-                   "Between ranks: mpi, tcp, shm (and tcp between hosts) or auto")
+                   "Between ranks of mpirun: mpi, tcp, shm (and tcp between hosts) or auto")
       ->capture_default_str();
   run_command->add_option("--cache", run.cache,
                           "kvantd shards: tcp://HOST:PORT,... (default: in this process, or the "
@@ -324,7 +357,8 @@ int Main(int argc, char** argv) {
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
   }
-  bench_node->add_option("--model", bench.model, "Hugging Face model directory")->required();
+  bench_node->add_option("--model", bench.model, "Hugging Face model directory, or a GGUF file")
+      ->required();
   for (CLI::App* command : {bench_kernels, bench_node})
     command->add_option("--threads", bench.threads, "Compute threads (default: one a core)");
   KltBenchOptions bench_klt;
@@ -343,6 +377,10 @@ int Main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
+    if (const std::string unknown = UnknownCommand(app, argc, argv); !unknown.empty()) {
+      std::fprintf(stderr, "kvant: %s\n", unknown.c_str());
+      return kBadUsage;
+    }
     return app.exit(error) == 0 ? 0 : kBadUsage;
   }
   spdlog::set_level(spdlog::level::from_str(log_level));

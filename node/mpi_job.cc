@@ -84,11 +84,16 @@ Status MpiJob::OpenTransports(const std::string& transport, std::string* address
   return OkStatus();
 }
 
-Status MpiJob::Connect(const std::string& transport, const RolePlan& plan) {
-  const std::string chosen = transport == "auto" ? "mpi" : transport;
-  if (chosen != "mpi" && chosen != "tcp" && chosen != "shm") {
-    return InvalidArgument("--transport {}: between ranks use mpi, tcp, shm or auto", transport);
+Status MpiJob::CheckTransport(const std::string& transport) {
+  for (const char* known : {"auto", "mpi", "tcp", "shm"}) {
+    if (transport == known) return OkStatus();
   }
+  return InvalidArgument("--transport {}: between ranks use mpi, tcp, shm or auto", transport);
+}
+
+Status MpiJob::Connect(const std::string& transport, const RolePlan& plan) {
+  KV_RETURN_IF_ERROR(CheckTransport(transport));
+  const std::string chosen = transport == "auto" ? "mpi" : transport;
   std::string own;
   KV_RETURN_IF_ERROR(AgreeOn(OpenTransports(chosen, &own)));
   std::set<std::string> hosts;

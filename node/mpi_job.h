@@ -25,6 +25,8 @@ namespace kvant::node {
 class MpiJob {
  public:
   static Result<std::unique_ptr<MpiJob>> Create(int* argc, char*** argv);
+  // kInvalidArgument: `transport` is none that Connect takes.
+  static Status CheckTransport(const std::string& transport);
   ~MpiJob();
 
   int rank() const { return session_->rank(); }

@@ -145,9 +145,15 @@ std::string PlansLine(const Json& plans) {
     if (count == 0) continue;
     by_cut += fmt::format("{}{} {:.0f}", by_cut.empty() ? "" : ", ", cut, count.get<double>());
   }
-  return fmt::format("{:.0f} fetched{}, {:.0f} computed; forecasts {:.0f} % off on average",
-                     fetched, by_cut.empty() ? "" : " (" + by_cut + ")", computed,
-                     100 * plans.at("mean_forecast_error").get<double>());
+  std::string line = fmt::format("{:.0f} fetched{}, {:.0f} computed", fetched,
+                                 by_cut.empty() ? "" : " (" + by_cut + ")", computed);
+  // The first ones are guesses, before anything was measured.
+  constexpr double kFewPlans = 8;
+  if (fetched + computed >= kFewPlans) {
+    line += fmt::format("; forecasts {:.0f} % off on average",
+                        100 * plans.at("mean_forecast_error").get<double>());
+  }
+  return line;
 }
 
 double Ratio(double numerator, double denominator) {
@@ -415,9 +421,11 @@ Result<std::string> FormatReport(const Json& report, const Json* without_cache) 
       line("bf16 without sharing",
            fmt::format("{}, of all layers", FormatBytes(number("baseline_bytes"))));
       line("ratio", fmt::format("{:.1f} times fewer bytes", number("traffic_ratio")));
-      line("stored", fmt::format("{} in {:.0f} blocks, each used {:.1f} times",
-                                 FormatBytes(number("stored_bytes")), number("stored_blocks"),
-                                 number("dedup_ratio")));
+      // Of shards that are none of the run's ranks nothing is known.
+      if (number("stored_blocks") > 0)
+        line("stored", fmt::format("{} in {:.0f} blocks, each used {:.1f} times",
+                                   FormatBytes(number("stored_bytes")), number("stored_blocks"),
+                                   number("dedup_ratio")));
     }
     if (without_cache != nullptr) {
       const double computed = number("prefill_tokens_computed");
@@ -434,8 +442,10 @@ Result<std::string> FormatReport(const Json& report, const Json* without_cache) 
     page += "\n";
     if (report.contains("compared")) {
       line("same as one process",
-           fmt::format("{:.0f} of {:.0f} answers, same codec, no cache",
-                       number("identical_to_reference"), number("compared")));
+           number("compared") > 0
+               ? fmt::format("{:.0f} of {:.0f} answers, same codec, no cache",
+                             number("identical_to_reference"), number("compared"))
+               : "nothing to compare: the reference has no answer to any of these requests");
     }
     if (report.contains("compared_to_raw")) {
       line("same as raw KV", fmt::format("{:.0f} of {:.0f} answers", number("identical_to_raw"),

@@ -128,6 +128,7 @@ Result<int> Conclude(const RunOptions& options, const RunSetup& setup,
 }
 
 Result<int> RunAlone(const RunOptions& options) {
+  KV_RETURN_IF_ERROR(MpiJob::CheckTransport(options.transport));
   KV_ASSIGN_OR_RETURN(const std::string text, ReadFile(options.requests));
   KV_ASSIGN_OR_RETURN(const std::vector<Request> requests, ParseRequests(text, options.requests));
   KV_ASSIGN_OR_RETURN(const auto teachers, LoadAnswers(options.teacher));

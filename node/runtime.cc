@@ -34,10 +34,15 @@ Result<StoredFormPtr> MakeForm(const NodeOptions& options, const Model& model,
                                const kernels::Codec& codec) {
   const AttendedPayload attended(codec, model.config());
   if (options.store != "klt") {
-    if (!options.recompute.empty() || !options.also.empty()) {
+    const std::pair<bool, std::string_view> given[] = {{!options.recompute.empty(), "--recompute"},
+                                                       {!options.also.empty(), "--also"},
+                                                       {!options.cuts.empty(), "--cuts"},
+                                                       {!options.pack.empty(), "--pack"}};
+    for (const auto& [is_given, flag] : given) {
+      if (!is_given) continue;
       return InvalidArgument(
-          "{} is for blocks of a codec pack, not for --store {}; use --store klt",
-          options.also.empty() ? "--recompute" : "--also", options.store);
+          "{} is for blocks of a codec pack, not for --store {}; use --store klt", flag,
+          options.store);
     }
     return StoredFormPtr(MakeStoredForm(options.store, attended));
   }
@@ -46,6 +51,10 @@ Result<StoredFormPtr> MakeForm(const NodeOptions& options, const Model& model,
     const std::filesystem::path at = options.model;
     file = (std::filesystem::is_regular_file(at) ? at.parent_path() : at) / kDefaultPack;
   }
+  if (!options.pack.empty() && !std::filesystem::is_regular_file(file)) {
+    return InvalidArgument("--pack {}: there is no such file; kvant calibrate makes a codec pack",
+                           options.pack);
+  }
   if (options.pack.empty() && !std::filesystem::is_regular_file(file)) {
     return InvalidArgument(
         "--store klt needs the model's codec pack, and there is no {}: name it with --pack, or "
@@ -53,9 +62,10 @@ Result<StoredFormPtr> MakeForm(const NodeOptions& options, const Model& model,
         file.string());
   }
   KV_ASSIGN_OR_RETURN(KltPack pack, LoadKltPack(file, model));
-  KV_ASSIGN_OR_RETURN(StoredFormPtr form,
-                      MakeKltForm(&model, std::make_shared<const KltPack>(std::move(pack)),
-                                  options.cuts, options.recompute, attended));
+  KV_ASSIGN_OR_RETURN(
+      StoredFormPtr form,
+      MakeKltForm(&model, std::make_shared<const KltPack>(std::move(pack)),
+                  options.cuts.empty() ? "fine" : options.cuts, options.recompute, attended));
   if (options.also.empty()) return form;
   if (options.also == options.store)
     return InvalidArgument("--also {} is what --store says; use plain or lossless", options.also);
@@ -66,7 +76,13 @@ Result<StoredFormPtr> MakeForm(const NodeOptions& options, const Model& model,
 Result<Wire> ParseWireOrCut(std::string_view name, const StoredForm& form) {
   const auto& cuts = form.cut_names();
   const auto found = std::find(cuts.begin(), cuts.end(), name);
-  if (found == cuts.end()) return ParseWire(name);
+  if (found == cuts.end()) {
+    const Result<Wire> wire = ParseWire(name);
+    if (wire.ok() || cuts.empty()) return wire;
+    return InvalidArgument(
+        "unknown wire '{}': use full, auto, or one of the cuts that --cuts names: {}", name,
+        fmt::join(cuts, ", "));
+  }
   return static_cast<Wire>(static_cast<int>(Wire::kCut1) + (found - cuts.begin()));
 }
 
@@ -168,9 +184,8 @@ void NodeRuntime::Drain() {
   }
   if (tier_->stats().put_failed != 0) {
     spdlog::warn(
-        "{} blocks could not be stored in the tier; whoever needs them computes them. The last "
-        "one: "
-        "{}",
+        "{} blocks could not be stored in the tier; whoever needs them computes them. Where shards "
+        "are full, give them more memory. The last one: {}",
         tier_->stats().put_failed, tier_->stats().put_failure.message());
   }
 }

@@ -33,13 +33,13 @@ inline constexpr std::string_view kDefaultPack = "klt.safetensors";
 struct NodeOptions {
   std::string model;
   std::string codec = "tile8";
-  std::string store = "plain";       // StoredForm
-  std::string pack;                  // of --store klt; empty: the model directory's kDefaultPack
-  std::string cuts = "fine";         // of the pack's, those that a block of --store klt holds
-  std::vector<int> recompute;        // layers, of the pack's, that its blocks also have cuts for
-  std::string also;                  // plain or lossless: its blocks hold that besides; or empty
-  std::string wire;                  // empty: auto with max_kl, else full
-  std::optional<double> max_kl;      // nats a token that reading may cost; only with auto
+  std::string store = "plain";   // StoredForm
+  std::string pack;              // of --store klt; empty: the model directory's kDefaultPack
+  std::string cuts;              // of the pack's, that a block of --store klt holds; empty: fine
+  std::vector<int> recompute;    // layers, of the pack's, that its blocks also have cuts for
+  std::string also;              // plain or lossless: its blocks hold that besides; or empty
+  std::string wire;              // empty: auto with max_kl, else full
+  std::optional<double> max_kl;  // nats a token that reading may cost; only with auto
   std::vector<std::string> domains;  // "DOMAIN=tenant,tenant"
   std::string secret_file;           // cluster secret; empty: none
   int threads = 0;                   // 0: one for each core this process may use

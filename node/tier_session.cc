@@ -25,12 +25,17 @@ Result<std::unique_ptr<TierSession>> TierSession::Open(const NodeOptions& option
   if (!cache.empty()) {
     // Before the model is loaded, so that a typing error is told at once.
     KV_ASSIGN_OR_RETURN(map, StaticShardMap(cache));
+    for (const Shard& shard : map->shards()) {
+      if (shard.address.starts_with("tcp://")) continue;
+      return InvalidArgument(
+          "--cache {}: give tcp://HOST:PORT; a shard on this host is reached over shared memory by "
+          "itself",
+          shard.address);
+    }
   }
   KV_ASSIGN_OR_RETURN(session->node_, NodeRuntime::Create(node_options));
   if (map.has_value()) {
-    KV_ASSIGN_OR_RETURN(const std::string_view backend,
-                        BackendOfAddress(map->shards().front().address));
-    KV_ASSIGN_OR_RETURN(session->remote_, MakeTransport(backend, {.tcp_alone = options.no_shm}));
+    KV_ASSIGN_OR_RETURN(session->remote_, MakeTransport("tcp", {.tcp_alone = options.no_shm}));
     KV_RETURN_IF_ERROR(
         session->node_->ConnectTier(session->remote_.get(), *std::move(map), kConnectWait));
   } else if (!no_cache) {

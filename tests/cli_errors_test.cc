@@ -105,7 +105,9 @@ TEST_F(CliErrors, OfFlags) {
   Expect({"generate", "--model", support::TinyModel(), "--prompt-file", "/nowhere/text"}, 2,
          {"/nowhere/text"});
   Expect({}, 2, {"subcommand"});
-  Expect({"dance"}, 2, {"subcommand"});
+  Expect({"dance"}, 2, {"no command 'dance'", "generate"});
+  Expect({"bench", "dance"}, 2, {"no command 'dance'", "service"});
+  Expect({}, 2, {"subcommand"});
 }
 
 TEST_F(CliErrors, OfPromptsAndRequests) {

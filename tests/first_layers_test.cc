@@ -97,6 +97,8 @@ TEST_P(FirstLayersTier, AreComputedWhereALinkIsSlow) {
   // The first layers are those of a prefix that is computed exactly.
   NodeOptions plain = Options();
   plain.store = "plain";
+  plain.pack.clear();
+  plain.cuts.clear();
   plain.recompute.clear();
   plain.max_kl.reset();
   const WatchedShard::Node exact = shard_.Connect(plain);

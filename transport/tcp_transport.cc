@@ -135,8 +135,10 @@ Result<std::string> Tcp::Listen(std::string_view address) {
   const std::string port = parsed.port == 0 ? "*" : std::to_string(parsed.port);
   const std::string bound = fmt::format("tcp://{}:{}", ToText(listen_host_), port);
   if (zmq_bind(router.get(), bound.c_str()) != 0) {
-    return Unavailable("listening on {}: {}; choose another port, or stop who has it", address,
-                       zmq_strerror(errno));
+    return Unavailable("listening on {}: {}; {}", address, zmq_strerror(errno),
+                       errno == EADDRNOTAVAIL
+                           ? "give an address of this host, or 0.0.0.0 for all of them"
+                           : "choose another port, or stop who has it");
   }
   std::array<char, 256> actual{};
   size_t length = actual.size();
