@@ -1,8 +1,12 @@
 // The agent and the fixture of the transports' behaviour suite.
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
+#include <csignal>
 
+#include "base/check.h"
 #include "base/clock.h"
 #include "tests/transport_suite.h"
 
@@ -160,6 +164,93 @@ void Agent::OnMessage(EndpointId from, std::vector<std::byte> message) {
     default:
       ADD_FAILURE() << "the agent got a message of unknown kind";
   }
+}
+
+AgentProcess::AgentProcess(const std::function<std::unique_ptr<Transport>()>& make,
+                           const std::string& listen) {
+  std::array<int, 2> ends{};
+  KV_CHECK(pipe(ends.data()) == 0);
+  pid_ = fork();
+  if (pid_ == 0) {
+    const auto transport = make();
+    const std::string address = *transport->Listen(listen);
+    KV_CHECK(write(ends[1], address.data(), address.size()) > 0);
+    close(ends[1]);
+    Agent agent(transport.get());
+    while (true) {
+      agent.Step();
+      transport->Wait(std::chrono::milliseconds(5));
+    }
+  }
+  close(ends[1]);
+  std::array<char, 128> text{};
+  const ssize_t got = read(ends[0], text.data(), text.size());
+  close(ends[0]);
+  address_.assign(text.data(), static_cast<size_t>(std::max<ssize_t>(got, 0)));
+}
+
+void AgentProcess::Kill() {
+  if (pid_ <= 0) return;
+  kill(pid_, SIGKILL);
+  waitpid(pid_, nullptr, 0);
+  pid_ = 0;
+}
+
+bool PollUntil(Transport* transport, std::vector<Event>* events,
+               const std::function<bool()>& done) {
+  const TimePoint deadline = SteadyClock().Now() + kPatience;
+  while (!done()) {
+    if (SteadyClock().Now() > deadline) return false;
+    const size_t before = events->size();
+    transport->Poll(events);
+    if (events->size() == before) transport->Wait(std::chrono::milliseconds(1));
+  }
+  return true;
+}
+
+const Event* FindEvent(const std::vector<Event>& events, Event::Kind kind) {
+  const auto found = std::find_if(events.begin(), events.end(),
+                                  [kind](const Event& event) { return event.kind == kind; });
+  return found == events.end() ? nullptr : &*found;
+}
+
+void ExpectDeathCompletesEverything(Transport* transport, AgentProcess* peer) {
+  auto arena = *RegisteredArena::Create(transport, {.bytes = 16 << 20});
+  Endpoint* endpoint = *transport->Connect(peer->address(), kPatience);
+  const EndpointId id = endpoint->id();
+  std::vector<Event> events;
+  const auto await = [&](Event::Kind kind) {
+    return PollUntil(transport, &events, [&] { return FindEvent(events, kind) != nullptr; });
+  };
+  ASSERT_TRUE(await(Event::Kind::kConnected));
+  const Packet wanted =
+      Packet('X').U8(static_cast<uint8_t>(Access::kRemoteReadWrite)).U64(4 << 20).U64(1);
+  ASSERT_TRUE(endpoint->Send(wanted.bytes()).ok());
+  ASSERT_TRUE(await(Event::Kind::kMessage));
+  Packet answer(FindEvent(events, Event::Kind::kMessage)->message);
+  answer.U8();
+  const RemoteWindow window = answer.Window();
+  const Lease lease = *arena->Lend(4 << 20);
+  std::vector<Transfer> transfers(200);
+  for (size_t i = 0; i < transfers.size(); ++i) {
+    transfers[i] = {.op = i % 2 == 0 ? Transfer::Op::kRead : Transfer::Op::kWrite,
+                    .local = lease.bytes(),
+                    .remote = window,
+                    .cookie = i};
+  }
+  const size_t accepted = endpoint->Submit(transfers);
+  EXPECT_EQ(accepted, transfers.size());
+  for (int i = 0; i < 3; ++i) transport->Poll(&events);
+  peer->Kill();
+  ASSERT_TRUE(await(Event::Kind::kClosed));
+  EXPECT_EQ(FindEvent(events, Event::Kind::kClosed)->status.code(), StatusCode::kUnavailable);
+  std::vector<int> completions(accepted);
+  for (const Event& event : events) {
+    if (event.kind == Event::Kind::kTransferDone) ++completions[event.cookie];
+  }
+  EXPECT_EQ(std::count(completions.begin(), completions.end(), 1),
+            static_cast<ptrdiff_t>(accepted));
+  EXPECT_EQ(transport->Find(id), nullptr);
 }
 
 void TransportSuite::SetUp() {

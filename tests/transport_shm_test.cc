@@ -2,11 +2,9 @@
 // that a host's processes find it.
 #include <gtest/gtest.h>
 #include <sys/mman.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
-#include <csignal>
 #include <cstring>
 
 #include "tests/support/raw_shm_peer.h"
@@ -32,100 +30,9 @@ std::unique_ptr<ShmTransport> NewShm(const ShmOptions& options = {}) {
   return *std::move(transport);
 }
 
-bool PollUntil(Transport* transport, std::vector<Event>* events,
-               const std::function<bool()>& done) {
-  const TimePoint deadline = SteadyClock().Now() + kPatience;
-  while (!done()) {
-    if (SteadyClock().Now() > deadline) return false;
-    const size_t before = events->size();
-    transport->Poll(events);
-    if (events->size() == before) transport->Wait(std::chrono::milliseconds(1));
-  }
-  return true;
-}
-
-const Event* FindEvent(const std::vector<Event>& events, Event::Kind kind) {
-  for (const Event& event : events) {
-    if (event.kind == kind) return &event;
-  }
-  return nullptr;
-}
-
-// A child process with an agent; killed at the end.
-class AgentProcess {
- public:
-  explicit AgentProcess(const std::string& address) {
-    std::array<int, 2> ends{};
-    KV_CHECK(pipe(ends.data()) == 0);
-    pid_ = fork();
-    if (pid_ == 0) {
-      auto transport = *MakeShmTransport({});
-      KV_CHECK(transport->Listen(address).ok());
-      KV_CHECK(write(ends[1], "r", 1) == 1);
-      Agent agent(transport.get());
-      while (true) {
-        agent.Step();
-        transport->Wait(std::chrono::milliseconds(5));
-      }
-    }
-    char ready = 0;
-    KV_CHECK(read(ends[0], &ready, 1) == 1);
-    close(ends[0]);
-    close(ends[1]);
-  }
-  ~AgentProcess() { Kill(); }
-  AgentProcess(const AgentProcess&) = delete;
-  AgentProcess& operator=(const AgentProcess&) = delete;
-  void Kill() {
-    if (pid_ <= 0) return;
-    kill(pid_, SIGKILL);
-    waitpid(pid_, nullptr, 0);
-    pid_ = 0;
-  }
-
- private:
-  pid_t pid_ = 0;
-};
-
 TEST(ShmTransport, APeersDeathCompletesEverything) {
-  const std::string address = "shm:" + UniqueName();
-  AgentProcess peer(address);
-  auto transport = NewShm();
-  auto arena = *RegisteredArena::Create(transport.get(), {.bytes = 16 << 20});
-  Endpoint* endpoint = *transport->Connect(address, kPatience);
-  const EndpointId id = endpoint->id();
-  std::vector<Event> events;
-  const auto await = [&](Event::Kind kind) {
-    return PollUntil(transport.get(), &events, [&] { return FindEvent(events, kind) != nullptr; });
-  };
-  ASSERT_TRUE(await(Event::Kind::kConnected));
-  const Packet wants = Packet('X').U8(static_cast<uint8_t>(Access::kRemoteReadWrite));
-  ASSERT_TRUE(endpoint->Send(Packet(wants).U64(4 << 20).U64(1).bytes()).ok());
-  ASSERT_TRUE(await(Event::Kind::kMessage));
-  Packet answer(FindEvent(events, Event::Kind::kMessage)->message);
-  answer.U8();
-  const RemoteWindow window = answer.Window();
-  const Lease lease = *arena->Lend(4 << 20);
-  std::vector<Transfer> transfers(200);
-  for (size_t i = 0; i < transfers.size(); ++i) {
-    transfers[i] = {.op = i % 2 == 0 ? Transfer::Op::kRead : Transfer::Op::kWrite,
-                    .local = lease.bytes(),
-                    .remote = window,
-                    .cookie = i};
-  }
-  const size_t accepted = endpoint->Submit(transfers);
-  EXPECT_EQ(accepted, transfers.size());
-  for (int i = 0; i < 3; ++i) transport->Poll(&events);
-  peer.Kill();
-  ASSERT_TRUE(await(Event::Kind::kClosed));
-  EXPECT_EQ(FindEvent(events, Event::Kind::kClosed)->status.code(), StatusCode::kUnavailable);
-  std::vector<int> completions(accepted);
-  for (const Event& event : events) {
-    if (event.kind == Event::Kind::kTransferDone) ++completions[event.cookie];
-  }
-  EXPECT_EQ(std::count(completions.begin(), completions.end(), 1),
-            static_cast<ptrdiff_t>(accepted));
-  EXPECT_EQ(transport->Find(id), nullptr);
+  AgentProcess peer([] { return NewShm(); }, "shm:" + UniqueName());
+  ExpectDeathCompletesEverything(NewShm().get(), &peer);
 }
 
 TEST(ShmTransport, AddressesAndOptionsAreChecked) {

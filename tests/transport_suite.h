@@ -4,6 +4,7 @@
 #pragma once
 
 #include <gtest/gtest.h>
+#include <sys/types.h>
 
 #include <deque>
 #include <functional>
@@ -102,6 +103,30 @@ class Agent {
   uint64_t next_cookie_ = 1;
   bool quit_ = false;
 };
+
+// A child process with an agent over a transport of its own; killed at the end. Made before this
+// process has other threads.
+class AgentProcess {
+ public:
+  AgentProcess(const std::function<std::unique_ptr<Transport>()>& make, const std::string& listen);
+  ~AgentProcess() { Kill(); }
+  AgentProcess(const AgentProcess&) = delete;
+  AgentProcess& operator=(const AgentProcess&) = delete;
+  void Kill();
+  const std::string& address() const { return address_; }
+
+ private:
+  pid_t pid_ = 0;
+  std::string address_;
+};
+
+// Polls until the predicate holds, for 10 s; whether it did. It may take what it finds: asked once
+// a turn.
+bool PollUntil(Transport* transport, std::vector<Event>* events, const std::function<bool()>& done);
+// The first of a kind, or nullptr.
+const Event* FindEvent(const std::vector<Event>& events, Event::Kind kind);
+// Kills the peer while transfers to it are under way: each completes once, and the end is told.
+void ExpectDeathCompletesEverything(Transport* transport, AgentProcess* peer);
 
 // Where the transport under test and its agent come from.
 class Rig {

@@ -2,11 +2,9 @@
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
-#include <csignal>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -29,24 +27,8 @@ std::unique_ptr<TcpTransport> NewTcp(const TcpOptions& options = {}) {
   return *std::move(transport);
 }
 
-// Polls until the predicate holds; whether it did. It may take what it finds: asked once a turn.
-bool PollUntil(Transport* transport, std::vector<Event>* events,
-               const std::function<bool()>& done) {
-  const TimePoint deadline = SteadyClock().Now() + kPatience;
-  while (!done()) {
-    if (SteadyClock().Now() > deadline) return false;
-    const size_t before = events->size();
-    transport->Poll(events);
-    if (events->size() == before) transport->Wait(std::chrono::milliseconds(1));
-  }
-  return true;
-}
-
 const Event* FindClosed(const std::vector<Event>& events) {
-  for (const Event& event : events) {
-    if (event.kind == Event::Kind::kClosed) return &event;
-  }
-  return nullptr;
+  return FindEvent(events, Event::Kind::kClosed);
 }
 
 TEST(TcpTransport, ADeadPortIsKnownAtOnce) {
@@ -121,93 +103,21 @@ TEST(TcpTransport, APeerOfAnotherVersionIsRefused) {
   EXPECT_NE(AsText(answer.bytes()).find("99"), std::string_view::npos);
 }
 
-// A child process with an agent; killed at the end.
-class AgentProcess {
- public:
-  AgentProcess() {
-    std::array<int, 2> ends{};
-    KV_CHECK(pipe(ends.data()) == 0);
-    pid_ = fork();
-    if (pid_ == 0) {
-      auto transport = MakeTcpTransport({});
-      const std::string address = *(*transport)->Listen("tcp://127.0.0.1:0");
-      KV_CHECK(write(ends[1], address.data(), address.size()) > 0);
-      close(ends[1]);
-      Agent agent(transport->get());
-      while (true) {
-        agent.Step();
-        (*transport)->Wait(std::chrono::milliseconds(5));
-      }
-    }
-    close(ends[1]);
-    std::array<char, 128> text{};
-    const ssize_t got = read(ends[0], text.data(), text.size());
-    close(ends[0]);
-    address_.assign(text.data(), static_cast<size_t>(std::max<ssize_t>(got, 0)));
-  }
-  ~AgentProcess() { Kill(); }
-  void Kill() {
-    if (pid_ <= 0) return;
-    kill(pid_, SIGKILL);
-    waitpid(pid_, nullptr, 0);
-    pid_ = 0;
-  }
-  const std::string& address() const { return address_; }
-
- private:
-  pid_t pid_ = 0;
-  std::string address_;
-};
+std::unique_ptr<AgentProcess> StartAgent() {
+  return std::make_unique<AgentProcess>([] { return NewTcp(); }, "tcp://127.0.0.1:0");
+}
 
 TEST(TcpTransport, APeersDeathCompletesEverything) {
-  AgentProcess peer;  // forks before this process has threads of ZeroMQ
-  auto transport = NewTcp();
-  auto arena = *RegisteredArena::Create(transport.get(), {.bytes = 16 << 20});
-  Endpoint* endpoint = *transport->Connect(peer.address(), kPatience);
-  const EndpointId id = endpoint->id();
-  std::vector<Event> events;
-  ASSERT_TRUE(PollUntil(transport.get(), &events, [&] { return !events.empty(); }));
-  ASSERT_EQ(events[0].kind, Event::Kind::kConnected);
-  ASSERT_TRUE(endpoint
-                  ->Send(Packet('X')
-                             .U8(static_cast<uint8_t>(Access::kRemoteReadWrite))
-                             .U64(4 << 20)
-                             .U64(1)
-                             .bytes())
-                  .ok());
-  ASSERT_TRUE(PollUntil(transport.get(), &events, [&] { return events.size() == 2; }));
-  Packet answer(events[1].message);
-  answer.U8();
-  const RemoteWindow window = answer.Window();
-  const Lease lease = *arena->Lend(4 << 20);
-  std::vector<Transfer> transfers(200);
-  for (size_t i = 0; i < transfers.size(); ++i) {
-    transfers[i] = {.op = i % 2 == 0 ? Transfer::Op::kRead : Transfer::Op::kWrite,
-                    .local = lease.bytes(),
-                    .remote = window,
-                    .cookie = i};
-  }
-  const size_t accepted = endpoint->Submit(transfers);
-  EXPECT_EQ(accepted, transfers.size());
-  for (int i = 0; i < 3; ++i) transport->Poll(&events);
-  peer.Kill();
-  ASSERT_TRUE(PollUntil(transport.get(), &events, [&] { return FindClosed(events) != nullptr; }));
-  EXPECT_EQ(FindClosed(events)->status.code(), StatusCode::kUnavailable);
-  std::vector<int> completions(accepted);
-  for (const Event& event : events) {
-    if (event.kind == Event::Kind::kTransferDone) ++completions[event.cookie];
-  }
-  EXPECT_EQ(std::count(completions.begin(), completions.end(), 1),
-            static_cast<ptrdiff_t>(accepted));
-  EXPECT_EQ(transport->Find(id), nullptr);
+  const auto peer = StartAgent();
+  ExpectDeathCompletesEverything(NewTcp().get(), peer.get());
 }
 
 // ZeroMQ's thread reports the end of a connection to an endpoint that may be gone already, and
 // must not wait for it there: it serves all others.
 TEST(TcpTransport, APeersDeathHurtsNoOther) {
   std::vector<std::unique_ptr<AgentProcess>> peers(64);
-  for (auto& peer : peers) peer = std::make_unique<AgentProcess>();
-  AgentProcess other;
+  for (auto& peer : peers) peer = StartAgent();
+  const auto other = StartAgent();
   auto transport = NewTcp();
   std::vector<Event> events;
   const auto connect = [&](const std::string& address) {
@@ -222,7 +132,7 @@ TEST(TcpTransport, APeersDeathHurtsNoOther) {
     peer->Kill();
     ASSERT_TRUE(PollUntil(transport.get(), &events, [&] { return FindClosed(events) != nullptr; }));
   }
-  EXPECT_TRUE(connect(other.address()));
+  EXPECT_TRUE(connect(other->address()));
 }
 
 uint64_t ResidentBytes() {
