@@ -65,13 +65,4 @@ Result<std::unique_ptr<Transport>> MakeTransport(std::string_view name,
   return InvalidArgument("making a transport named '{}': there are {}", name, Names());
 }
 
-Result<std::string_view> BackendOfAddress(std::string_view address) {
-  const std::string_view scheme = address.substr(0, address.find(':'));
-  for (const TransportBackend& backend : kBackends) {
-    if (scheme.size() < address.size() && backend.name == scheme) return backend.name;
-  }
-  return InvalidArgument("reading the address '{}': it must begin with one of {} and a colon",
-                         address, Names());
-}
-
 }  // namespace kvant

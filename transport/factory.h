@@ -40,8 +40,4 @@ std::span<const TransportBackend> TransportBackends();
 Result<std::unique_ptr<Transport>> MakeTransport(std::string_view name,
                                                  const TransportOptions& options);
 
-// The backend that an address names: "tcp://..." -> "tcp", "mpi:2" -> "mpi", "shm:a" -> "shm",
-// "loopback:a" -> "loopback". kInvalidArgument: none does.
-Result<std::string_view> BackendOfAddress(std::string_view address);
-
 }  // namespace kvant

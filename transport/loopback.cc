@@ -14,7 +14,6 @@ namespace {
 constexpr std::string_view kScheme = "loopback:";
 constexpr size_t kMaxMessageBytes = size_t{1} << 20;
 constexpr size_t kMaxOutstanding = 1024;
-constexpr uint64_t kMaxTransferBytes = uint64_t{1} << 30;
 // Messages that wait for the receiver's Poll, over all its endpoints.
 constexpr size_t kMaxInbox = 4096;
 

@@ -9,6 +9,7 @@
 #include <map>
 #include <unordered_map>
 
+#include "transport/endpoint_table.h"
 #include "transport/mpi_courier.h"
 
 namespace kvant::mpi {
@@ -17,7 +18,6 @@ namespace {
 constexpr std::string_view kScheme = "mpi:";
 constexpr size_t kMaxMessageBytes = size_t{1} << 20;
 constexpr size_t kMaxOutstanding = 256;
-constexpr uint64_t kMaxTransferBytes = uint64_t{1} << 30;
 // After a Close or a goodbye, what is under way gets this long.
 constexpr Duration kGoodbyeTimeout = std::chrono::seconds(2);
 // Ranks share cores: poll a little, then sleep longer and longer.
@@ -50,6 +50,7 @@ class MpiEndpoint final : public Endpoint {
   size_t Submit(std::span<const Transfer> transfers) override;
   void Close() override;
   const LinkCounters& counters() const override { return counters_; }
+  void OnReported() { --outstanding_; }
 
  private:
   friend class MpiTransport;
@@ -110,7 +111,7 @@ class MpiTransport final : public Transport, private Receiver {
   }
   Result<Endpoint*> Connect(std::string_view address, Duration timeout) override;
   Endpoint* Find(EndpointId id) override {
-    MpiEndpoint* found = FindEndpoint(id);
+    MpiEndpoint* found = endpoints_.Get(id);
     return found == nullptr || found->state_ == MpiEndpoint::State::kClosed ? nullptr : found;
   }
   Result<std::unique_ptr<MemoryRegion>> Register(std::span<std::byte> memory) override {
@@ -118,22 +119,13 @@ class MpiTransport final : public Transport, private Receiver {
   }
   void Poll(std::vector<Event>* events) override;
   void Wait(Duration at_most) override;
-  LinkCounters counters() const override {
-    LinkCounters sum = closed_counters_;
-    for (const auto& [id, endpoint] : endpoints_) sum += endpoint->counters();
-    return sum;
-  }
+  LinkCounters counters() const override { return endpoints_.counters(); }
 
  private:
   friend class MpiEndpoint;
-  MpiEndpoint* FindEndpoint(EndpointId id) {
-    const auto found = endpoints_.find(id);
-    return found == endpoints_.end() ? nullptr : found->second.get();
-  }
   MpiEndpoint* NewEndpoint(int rank, EndpointId there) {
     const EndpointId id = next_id_++;
-    return endpoints_.emplace(id, std::make_unique<MpiEndpoint>(this, id, rank, there))
-        .first->second.get();
+    return endpoints_.Add(std::make_unique<MpiEndpoint>(this, id, rank, there));
   }
   void OnPacket(int rank, const Header& header, std::span<const std::byte> body) override;
   void OnSent(const Outbound& job) override;
@@ -144,11 +136,9 @@ class MpiTransport final : public Transport, private Receiver {
   std::unique_ptr<Courier> courier_;
   bool listens_ = false;
   EndpointId next_id_ = 1;
-  std::unordered_map<EndpointId, std::unique_ptr<MpiEndpoint>> endpoints_;
-  std::vector<std::unique_ptr<MpiEndpoint>> dead_;
+  EndpointTable<MpiEndpoint> endpoints_;
   std::vector<EndpointId> timed_;  // endpoints that connect or end
   std::vector<Event> events_;
-  LinkCounters closed_counters_;
 };
 
 void MpiEndpoint::SendPacket(Header header, std::span<const std::byte> body) {
@@ -392,7 +382,7 @@ void MpiTransport::OnPacket(int rank, const Header& header, std::span<const std:
     events_.push_back({.kind = Event::Kind::kConnected, .endpoint = endpoint->id()});
     return;
   }
-  MpiEndpoint* endpoint = FindEndpoint(header.to);
+  MpiEndpoint* endpoint = endpoints_.Get(header.to);
   if (endpoint != nullptr && endpoint->rank_ == rank) {
     endpoint->OnPacket(header, body);
     return;
@@ -407,7 +397,7 @@ void MpiTransport::OnPacket(int rank, const Header& header, std::span<const std:
 }
 
 void MpiTransport::OnSent(const Outbound& job) {
-  MpiEndpoint* endpoint = FindEndpoint(job.header.from);
+  MpiEndpoint* endpoint = endpoints_.Get(job.header.from);
   if (endpoint == nullptr) return;
   endpoint->counters_.payload_bytes_sent += job.bytes.size();
   if (job.from_window) {
@@ -421,7 +411,7 @@ void MpiTransport::OnSent(const Outbound& job) {
 }
 
 void MpiTransport::OnLanded(const Inbound& job) {
-  MpiEndpoint* endpoint = FindEndpoint(job.header.to);
+  MpiEndpoint* endpoint = endpoints_.Get(job.header.to);
   if (endpoint == nullptr) return;
   endpoint->counters_.payload_bytes_received += job.header.length;
   if (job.header.type == PacketType::kWrite) --endpoint->landing_;
@@ -444,30 +434,19 @@ void MpiTransport::Progress() {
   if (timed_.empty()) return;
   const TimePoint now = SteadyClock().Now();
   for (size_t i = 0; i < timed_.size(); ++i) {  // TryFinish may append
-    if (MpiEndpoint* endpoint = FindEndpoint(timed_[i])) endpoint->TryFinish(now);
+    if (MpiEndpoint* endpoint = endpoints_.Get(timed_[i])) endpoint->TryFinish(now);
   }
   std::erase_if(timed_, [this](EndpointId id) {
-    const MpiEndpoint* endpoint = FindEndpoint(id);
+    const MpiEndpoint* endpoint = endpoints_.Get(id);
     return endpoint == nullptr || endpoint->state_ == MpiEndpoint::State::kOpen ||
            endpoint->state_ == MpiEndpoint::State::kClosed;
   });
 }
 
 void MpiTransport::Poll(std::vector<Event>* events) {
-  dead_.clear();
+  endpoints_.Bury();
   Progress();
-  for (Event& event : events_) {
-    const auto found = endpoints_.find(event.endpoint);
-    if (event.kind == Event::Kind::kTransferDone) --found->second->outstanding_;
-    if (event.kind == Event::Kind::kClosed) {
-      windows_->RevokePeer(event.endpoint);
-      closed_counters_ += found->second->counters();
-      dead_.push_back(std::move(found->second));
-      endpoints_.erase(found);
-    }
-    events->push_back(std::move(event));
-  }
-  events_.clear();
+  endpoints_.HandOver(&events_, events, [this](EndpointId id) { windows_->RevokePeer(id); });
 }
 
 void MpiTransport::Wait(Duration at_most) {

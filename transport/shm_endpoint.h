@@ -20,7 +20,6 @@ class ShmEndpoint;
 
 // After a Close, what was accepted before and the peer's goodbye get this long.
 inline constexpr Duration kGoodbyeTimeout = std::chrono::seconds(1);
-inline constexpr uint64_t kMaxTransferBytes = uint64_t{1} << 30;
 
 // Memory that may be exposed.
 struct Pages {

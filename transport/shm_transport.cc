@@ -1,5 +1,4 @@
 // The shm transport: listens, greets peers, and gives every endpoint its turn.
-#include <poll.h>
 #include <sched.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
@@ -7,9 +6,9 @@
 
 #include <algorithm>
 #include <array>
-#include <map>
 
 #include "base/bytes.h"
+#include "transport/endpoint_table.h"
 #include "transport/shm.h"
 #include "transport/shm_endpoint.h"
 
@@ -122,11 +121,7 @@ class Shm final : public ShmTransport {
   }
   void Poll(std::vector<Event>* events) override;
   void Wait(Duration at_most) override;
-  LinkCounters counters() const override {
-    LinkCounters sum = closed_counters_;
-    for (const auto& [id, endpoint] : endpoints_) sum += endpoint->counters();
-    return sum;
-  }
+  LinkCounters counters() const override { return endpoints_.counters(); }
 
  private:
   // Somebody who has connected but not said hello.
@@ -135,12 +130,8 @@ class Shm final : public ShmTransport {
     TimePoint deadline;
   };
 
-  ShmEndpoint* FindEndpoint(EndpointId id) {
-    const auto found = endpoints_.find(id);
-    return found == endpoints_.end() ? nullptr : found->second.get();
-  }
   ShmEndpoint* FindOpen(EndpointId id) {
-    ShmEndpoint* found = FindEndpoint(id);
+    ShmEndpoint* found = endpoints_.Get(id);
     return found == nullptr || found->closed() ? nullptr : found;
   }
   void LookAtDescriptors();
@@ -155,7 +146,6 @@ class Shm final : public ShmTransport {
   void SetSleeping(bool sleeping) {
     for (auto& [id, endpoint] : endpoints_) endpoint->SetSleeping(sleeping);
   }
-  void HandOver(std::vector<Event>* events);
 
   ShmShared shared_;
   Capabilities capabilities_;
@@ -163,11 +153,9 @@ class Shm final : public ShmTransport {
   tcp::Socket listener_;
   std::vector<Newcomer> newcomers_;  // oldest first
   EndpointId next_id_ = kShmBit | 1;
-  std::map<EndpointId, std::unique_ptr<ShmEndpoint>> endpoints_;
-  std::vector<std::unique_ptr<ShmEndpoint>> dead_;
+  EndpointTable<ShmEndpoint> endpoints_;
   uint32_t polls_ = 0;
   bool look_ = true;  // at descriptors, in the next Poll
-  LinkCounters closed_counters_;
 };
 
 Result<std::string> Shm::Listen(std::string_view address) {
@@ -204,7 +192,7 @@ Result<Endpoint*> Shm::Connect(std::string_view address, Duration timeout) {
                                     std::move(channel), SteadyClock().Now() + timeout);
   if (!refused.ok()) endpoint->Fail(refused);
   look_ = true;
-  return endpoints_.emplace(id, std::move(endpoint)).first->second.get();
+  return endpoints_.Add(std::move(endpoint));
 }
 
 void Shm::UnmapPages(std::span<std::byte> pages) {
@@ -264,10 +252,9 @@ bool Shm::Greet(Newcomer* newcomer) {
     return true;
   const EndpointId id = next_id_++;
   shared_.Unwatch(newcomer->socket.fd());
-  endpoints_.emplace(
-      id, std::make_unique<ShmEndpoint>(
-              &shared_, id, fmt::format("shm:{}(peer)", name_), std::move(newcomer->socket),
-              std::make_unique<Channel>(*std::move(memory), 1), std::move(packet.files[1])));
+  endpoints_.Add(std::make_unique<ShmEndpoint>(
+      &shared_, id, fmt::format("shm:{}(peer)", name_), std::move(newcomer->socket),
+      std::make_unique<Channel>(*std::move(memory), 1), std::move(packet.files[1])));
   return true;
 }
 
@@ -304,25 +291,12 @@ void Shm::CheckTimers() {
 }
 
 void Shm::Poll(std::vector<Event>* events) {
-  dead_.clear();
+  endpoints_.Bury();
   if (look_ || ++polls_ % kPollsBetween == 0) LookAtDescriptors();
   for (auto& [id, endpoint] : endpoints_) endpoint->Progress();
   CheckTimers();
-  HandOver(events);
-}
-
-void Shm::HandOver(std::vector<Event>* events) {
-  for (Event& event : shared_.events) {
-    if (event.kind == Event::Kind::kTransferDone) FindEndpoint(event.endpoint)->OnReported();
-    if (event.kind == Event::Kind::kClosed) {
-      const auto found = endpoints_.find(event.endpoint);
-      closed_counters_ += found->second->counters();
-      dead_.push_back(std::move(found->second));
-      endpoints_.erase(found);
-    }
-    events->push_back(std::move(event));
-  }
-  shared_.events.clear();
+  // What an endpoint exposed it took back when it ended.
+  endpoints_.HandOver(&shared_.events, events, [](EndpointId) {});
 }
 
 void Shm::Wait(Duration at_most) {
@@ -343,10 +317,7 @@ void Shm::Wait(Duration at_most) {
   for (const Newcomer& newcomer : newcomers_) sleep = std::min(sleep, newcomer.deadline - now);
   SetSleeping(true);
   if (sleep > Duration::zero() && !AnyReady()) {
-    const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(sleep);
-    const timespec timeout{.tv_sec = seconds.count(), .tv_nsec = (sleep - seconds).count()};
-    pollfd ready{.fd = shared_.epoll.fd(), .events = POLLIN, .revents = 0};
-    look_ = ppoll(&ready, 1, &timeout, nullptr) > 0;
+    look_ = tcp::SleepUntilReadable(shared_.epoll, sleep);
   }
   SetSleeping(false);
 }

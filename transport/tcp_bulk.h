@@ -17,8 +17,6 @@
 
 namespace kvant::tcp {
 
-inline constexpr uint64_t kMaxTransferBytes = uint64_t{1} << 30;
-
 // What a stream shares with its endpoint and transport. All outlive it.
 struct BulkContext {
   EndpointId endpoint = 0;

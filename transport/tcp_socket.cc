@@ -3,6 +3,7 @@
 #include <arpa/inet.h>
 #include <netdb.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -10,7 +11,9 @@
 #include <array>
 #include <cerrno>
 #include <charconv>
+#include <chrono>
 #include <cstring>
+#include <ctime>
 #include <memory>
 
 namespace kvant::tcp {
@@ -131,6 +134,13 @@ Status FinishConnect(const Socket& socket) {
   if (getsockopt(socket.fd(), SOL_SOCKET, SO_ERROR, &error, &length) != 0) error = errno;
   if (error == 0) return OkStatus();
   return Unavailable("connecting the bulk socket: {}", std::strerror(error));
+}
+
+bool SleepUntilReadable(const Socket& socket, Duration at_most) {
+  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(at_most);
+  const timespec timeout{.tv_sec = seconds.count(), .tv_nsec = (at_most - seconds).count()};
+  pollfd ready{.fd = socket.fd(), .events = POLLIN, .revents = 0};
+  return ppoll(&ready, 1, &timeout, nullptr) > 0;
 }
 
 void TuneForBulk(const Socket& socket, Duration silence_timeout) {

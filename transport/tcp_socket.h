@@ -50,6 +50,8 @@ Result<uint16_t> LocalPort(const Socket& socket);
 Result<Socket> StartConnect(in_addr address, uint16_t port);
 // After it became writable: whether the connect succeeded.
 Status FinishConnect(const Socket& socket);
+// Whether it became readable within this time.
+bool SleepUntilReadable(const Socket& socket, Duration at_most);
 // No delay for small frames, and the kernel reports a peer that is silent for this long.
 void TuneForBulk(const Socket& socket, Duration silence_timeout);
 

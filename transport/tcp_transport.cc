@@ -1,16 +1,14 @@
 // The tcp transport: listens, greets peers, and gives every endpoint its turn.
-#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <ctime>
-#include <unordered_map>
 
 #include "base/bytes.h"
 #include "base/random.h"
+#include "transport/endpoint_table.h"
 #include "transport/tcp.h"
 #include "transport/tcp_endpoint.h"
 
@@ -59,7 +57,7 @@ class Tcp final : public TcpTransport {
   Result<std::string> Listen(std::string_view address) override;
   Result<Endpoint*> Connect(std::string_view address, Duration timeout) override;
   Endpoint* Find(EndpointId id) override {
-    TcpEndpoint* found = FindEndpoint(id);
+    TcpEndpoint* found = endpoints_.Get(id);
     return found == nullptr || found->closed() ? nullptr : found;
   }
   Result<std::unique_ptr<MemoryRegion>> Register(std::span<std::byte> memory) override {
@@ -69,11 +67,7 @@ class Tcp final : public TcpTransport {
   int descriptor() const override { return shared_.epoll.fd(); }
   Duration MaySleep(Duration at_most) override;
   void Wait(Duration at_most) override;
-  LinkCounters counters() const override {
-    LinkCounters sum = closed_counters_;
-    for (const auto& [id, endpoint] : endpoints_) sum += endpoint->counters();
-    return sum;
-  }
+  LinkCounters counters() const override { return endpoints_.counters(); }
 
  private:
   // A peer that said hello and was welcomed, but has not shown its token yet.
@@ -92,10 +86,6 @@ class Tcp final : public TcpTransport {
     TimePoint deadline;
   };
 
-  TcpEndpoint* FindEndpoint(EndpointId id) {
-    const auto found = endpoints_.find(id);
-    return found == endpoints_.end() ? nullptr : found->second.get();
-  }
   void Dispatch(const epoll_event& event);
   void DrainRouter();
   void OnRouterMessage(std::string_view identity, std::span<const std::byte> message);
@@ -106,7 +96,6 @@ class Tcp final : public TcpTransport {
   bool ShowToken(NewBulk* connection);
   void CheckTimers();
   TimePoint NextDeadline() const;
-  void HandOver(std::vector<Event>* events);
 
   TcpShared shared_;
   Capabilities capabilities_;
@@ -118,10 +107,8 @@ class Tcp final : public TcpTransport {
   uint64_t next_serial_ = 1;
   EndpointId next_id_ = 1;
   uint64_t monitors_made_ = 0;
-  std::unordered_map<EndpointId, std::unique_ptr<TcpEndpoint>> endpoints_;
-  std::vector<std::unique_ptr<TcpEndpoint>> dead_;
+  EndpointTable<TcpEndpoint> endpoints_;
   std::vector<EndpointId> turn_;  // whose turn it is in this Poll
-  LinkCounters closed_counters_;
 };
 
 Result<std::string> Tcp::Listen(std::string_view address) {
@@ -168,7 +155,7 @@ Result<Endpoint*> Tcp::Connect(std::string_view address, Duration timeout) {
   auto endpoint =
       std::make_unique<TcpEndpoint>(&shared_, id, std::string(address), host, std::move(dealer),
                                     std::move(monitor), SteadyClock().Now() + timeout);
-  return endpoints_.emplace(id, std::move(endpoint)).first->second.get();
+  return endpoints_.Add(std::move(endpoint));
 }
 
 void Tcp::Dispatch(const epoll_event& event) {
@@ -187,49 +174,28 @@ void Tcp::Dispatch(const epoll_event& event) {
     case Source::kBulk:
     case Source::kDealer:
     case Source::kMonitor:
-      if (TcpEndpoint* endpoint = FindEndpoint(id)) endpoint->OnReady(source, event.events);
+      if (TcpEndpoint* endpoint = endpoints_.Get(id)) endpoint->OnReady(source, event.events);
       return;
   }
 }
 
 void Tcp::Poll(std::vector<Event>* events) {
-  dead_.clear();
+  endpoints_.Bury();
   std::array<epoll_event, kEventsAtOnce> ready;
   const int count = epoll_wait(shared_.epoll.fd(), ready.data(), kEventsAtOnce, 0);
   for (int i = 0; i < count; ++i) Dispatch(ready[static_cast<size_t>(i)]);
   if (shared_.router_hot) DrainRouter();
   std::swap(turn_, shared_.active);
   for (const EndpointId id : turn_) {
-    TcpEndpoint* endpoint = FindEndpoint(id);
+    TcpEndpoint* endpoint = endpoints_.Get(id);
     if (endpoint == nullptr) continue;
     endpoint->active = false;
     endpoint->Progress();
   }
   turn_.clear();
   CheckTimers();
-  HandOver(events);
-}
-
-void Tcp::HandOver(std::vector<Event>* events) {
-  TcpEndpoint* endpoint = nullptr;
-  for (Event& event : shared_.events) {
-    if (event.kind == Event::Kind::kTransferDone || event.kind == Event::Kind::kClosed) {
-      if (endpoint == nullptr || endpoint->id() != event.endpoint) {
-        endpoint = FindEndpoint(event.endpoint);
-      }
-    }
-    if (event.kind == Event::Kind::kTransferDone) endpoint->OnReported();
-    if (event.kind == Event::Kind::kClosed) {
-      shared_.windows->RevokePeer(event.endpoint);
-      closed_counters_ += endpoint->counters();
-      const auto found = endpoints_.find(event.endpoint);
-      dead_.push_back(std::move(found->second));
-      endpoints_.erase(found);
-      endpoint = nullptr;
-    }
-    events->push_back(std::move(event));
-  }
-  shared_.events.clear();
+  endpoints_.HandOver(&shared_.events, events,
+                      [this](EndpointId id) { shared_.windows->RevokePeer(id); });
 }
 
 Duration Tcp::MaySleep(Duration at_most) {
@@ -239,7 +205,7 @@ Duration Tcp::MaySleep(Duration at_most) {
     shared_.router_hot = false;
   }
   for (const EndpointId id : shared_.active) {
-    TcpEndpoint* endpoint = FindEndpoint(id);
+    TcpEndpoint* endpoint = endpoints_.Get(id);
     if (endpoint != nullptr && endpoint->ReadyNow()) return Duration::zero();
   }
   const Duration until_deadline = NextDeadline() - SteadyClock().Now();
@@ -249,10 +215,7 @@ Duration Tcp::MaySleep(Duration at_most) {
 void Tcp::Wait(Duration at_most) {
   const Duration sleep = MaySleep(at_most);
   if (sleep <= Duration::zero()) return;
-  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(sleep);
-  const timespec timeout{.tv_sec = seconds.count(), .tv_nsec = (sleep - seconds).count()};
-  pollfd ready{.fd = shared_.epoll.fd(), .events = POLLIN, .revents = 0};
-  ppoll(&ready, 1, &timeout, nullptr);
+  SleepUntilReadable(shared_.epoll, sleep);
 }
 
 void Tcp::DrainRouter() {
@@ -379,7 +342,7 @@ bool Tcp::ShowToken(NewBulk* connection) {
   auto endpoint = std::make_unique<TcpEndpoint>(&shared_, id, met.identity,
                                                 std::move(connection->socket), met.counters);
   shared_.peers.emplace(std::move(met.identity), endpoint.get());
-  endpoints_.emplace(id, std::move(endpoint));
+  endpoints_.Add(std::move(endpoint));
   return true;
 }
 
@@ -390,7 +353,7 @@ void Tcp::CheckTimers() {
   }
   const TimePoint now = SteadyClock().Now();
   std::erase_if(shared_.timed, [&](EndpointId id) {
-    TcpEndpoint* endpoint = FindEndpoint(id);
+    TcpEndpoint* endpoint = endpoints_.Get(id);
     if (endpoint == nullptr) return true;
     endpoint->OnTimer(now);
     return !endpoint->HasTimer();
@@ -413,8 +376,8 @@ void Tcp::CheckTimers() {
 TimePoint Tcp::NextDeadline() const {
   TimePoint next = SteadyClock().Now() + std::chrono::hours(1);
   for (const EndpointId id : shared_.timed) {
-    const auto found = endpoints_.find(id);
-    if (found != endpoints_.end()) next = std::min(next, found->second->deadline());
+    const TcpEndpoint* endpoint = endpoints_.Get(id);
+    if (endpoint != nullptr) next = std::min(next, endpoint->deadline());
   }
   for (const Handshake& handshake : handshakes_) next = std::min(next, handshake.deadline);
   for (const NewBulk& connection : new_bulks_) next = std::min(next, connection.deadline);

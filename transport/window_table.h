@@ -16,6 +16,9 @@
 
 namespace kvant {
 
+// Of one transfer, of every backend.
+inline constexpr uint64_t kMaxTransferBytes = uint64_t{1} << 30;
+
 // Single-owner: the transport's thread. Invariants: an id is never reused; a revoked window's slot
 // is kept until nothing is landing in it.
 class WindowTable {
