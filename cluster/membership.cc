@@ -39,11 +39,11 @@ Result<ShardMap> StaticShardMap(std::string_view comma_separated_addresses) {
           "tcp://127.0.0.1:7070, separated by commas",
           comma_separated_addresses);
     }
-    const bool has_scheme = address.find(':') != std::string_view::npos;
-    if (!has_scheme || address.find_first_of(" \t\n") != std::string_view::npos) {
+    if (!address.starts_with("tcp://") ||
+        address.find_first_of(" \t\n") != std::string_view::npos) {
       return InvalidArgument(
-          "'{}' is not a shard's address; expected something like "
-          "tcp://127.0.0.1:7070",
+          "'{}' is not a shard's address; expected something like tcp://127.0.0.1:7070 (one on "
+          "this host is reached over shared memory by itself)",
           address);
     }
     shards.push_back({std::string(address)});

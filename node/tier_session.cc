@@ -25,13 +25,6 @@ Result<std::unique_ptr<TierSession>> TierSession::Open(const NodeOptions& option
   if (!cache.empty()) {
     // Before the model is loaded, so that a typing error is told at once.
     KV_ASSIGN_OR_RETURN(map, StaticShardMap(cache));
-    for (const Shard& shard : map->shards()) {
-      if (shard.address.starts_with("tcp://")) continue;
-      return InvalidArgument(
-          "--cache {}: give tcp://HOST:PORT; a shard on this host is reached over shared memory by "
-          "itself",
-          shard.address);
-    }
   }
   KV_ASSIGN_OR_RETURN(session->node_, NodeRuntime::Create(node_options));
   if (map.has_value()) {

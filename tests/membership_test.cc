@@ -15,7 +15,7 @@ TEST(StaticShardMap, ReadsAListOfAddresses) {
 }
 
 TEST(StaticShardMap, NamesTheEntryThatIsWrong) {
-  for (const char* list : {"", ",", "tcp://a:1,", "tcp://a:1,,tcp://b:1", "nonsense",
+  for (const char* list : {"", ",", "tcp://a:1,", "tcp://a:1,,tcp://b:1", "nonsense", "shm:7070",
                            "tcp://a:1, tcp://b:1", "tcp://a:1,tcp://a:1"}) {
     const Result<ShardMap> map = StaticShardMap(list);
     ASSERT_FALSE(map.ok()) << list;
