@@ -143,16 +143,24 @@ bool SleepUntilReadable(const Socket& socket, Duration at_most) {
   return ppoll(&ready, 1, &timeout, nullptr) > 0;
 }
 
-void TuneForBulk(const Socket& socket, Duration silence_timeout) {
+Probes ProbesFor(Duration silence_timeout) {
   const auto milliseconds = static_cast<int>(
       std::chrono::duration_cast<std::chrono::milliseconds>(silence_timeout).count());
-  const int seconds = std::max(1, milliseconds / 1000);
+  const int seconds = milliseconds / 1000;
+  return {.idle_seconds = std::max(1, seconds / 2),
+          .interval_seconds = std::max(1, seconds / 6),
+          .count = 3,
+          .unanswered_milliseconds = milliseconds};
+}
+
+void TuneForBulk(const Socket& socket, Duration silence_timeout) {
+  const Probes probes = ProbesFor(silence_timeout);
   SetOption(socket, IPPROTO_TCP, TCP_NODELAY, 1);
   SetOption(socket, SOL_SOCKET, SO_KEEPALIVE, 1);
-  SetOption(socket, IPPROTO_TCP, TCP_KEEPIDLE, std::max(1, seconds / 2));
-  SetOption(socket, IPPROTO_TCP, TCP_KEEPINTVL, std::max(1, seconds / 6));
-  SetOption(socket, IPPROTO_TCP, TCP_KEEPCNT, 3);
-  SetOption(socket, IPPROTO_TCP, TCP_USER_TIMEOUT, milliseconds);
+  SetOption(socket, IPPROTO_TCP, TCP_KEEPIDLE, probes.idle_seconds);
+  SetOption(socket, IPPROTO_TCP, TCP_KEEPINTVL, probes.interval_seconds);
+  SetOption(socket, IPPROTO_TCP, TCP_KEEPCNT, probes.count);
+  SetOption(socket, IPPROTO_TCP, TCP_USER_TIMEOUT, probes.unanswered_milliseconds);
   // Buffer sizes stay with the kernel: setting them switches its tuning off and, without privilege,
   // caps them below what it would give.
 }

@@ -52,6 +52,16 @@ Result<Socket> StartConnect(in_addr address, uint16_t port);
 Status FinishConnect(const Socket& socket);
 // Whether it became readable within this time.
 bool SleepUntilReadable(const Socket& socket, Duration at_most);
+// How the kernel is to find that a peer's host answers nothing for `silence_timeout`: of an idle
+// connection by keep-alive, of one with unanswered bytes by TCP_USER_TIMEOUT. In whole seconds
+// where TCP knows no less.
+struct Probes {
+  int idle_seconds;
+  int interval_seconds;
+  int count;
+  int unanswered_milliseconds;
+};
+Probes ProbesFor(Duration silence_timeout);
 // No delay for small frames, and the kernel reports a peer that is silent for this long.
 void TuneForBulk(const Socket& socket, Duration silence_timeout);
 

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "base/bytes.h"
+#include "transport/tcp_socket.h"
 
 namespace kvant::tcp {
 namespace {
@@ -53,8 +54,14 @@ Result<ZmqSocket> ZmqSocket::Make(const ZmqContext& context, int type, const Tcp
   set(ZMQ_SNDHWM, kSendQueue);
   set(ZMQ_RCVHWM, kReceiveQueue);
   set(ZMQ_HANDSHAKE_IVL, Milliseconds(options.handshake_timeout));
-  set(ZMQ_HEARTBEAT_IVL, Milliseconds(options.silence_timeout / 3));
-  set(ZMQ_HEARTBEAT_TIMEOUT, Milliseconds(options.silence_timeout));
+  // The kernel's probes, not ZMTP's: libzmq 4.3 sends a ping through an engine it has marked broken
+  // and aborts the process (its issue 4841), which a peer that floods us and hangs up brings about.
+  const Probes probes = ProbesFor(options.silence_timeout);
+  set(ZMQ_TCP_KEEPALIVE, 1);
+  set(ZMQ_TCP_KEEPALIVE_IDLE, probes.idle_seconds);
+  set(ZMQ_TCP_KEEPALIVE_INTVL, probes.interval_seconds);
+  set(ZMQ_TCP_KEEPALIVE_CNT, probes.count);
+  set(ZMQ_TCP_MAXRT, probes.unanswered_milliseconds);
   const auto max_bytes = static_cast<int64_t>(options.max_message_bytes + 1);  // and its type
   KV_CHECK(zmq_setsockopt(made.socket_, ZMQ_MAXMSGSIZE, &max_bytes, sizeof(max_bytes)) == 0);
   return made;
