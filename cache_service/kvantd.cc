@@ -21,9 +21,6 @@ namespace kvant {
 namespace {
 
 constexpr int kBadUsage = 2;
-// After this long without work the thread sleeps instead of polling: a wake-up costs tens of
-// microseconds, an idle shard should cost nothing.
-constexpr Duration kPollFor = std::chrono::microseconds(200);
 constexpr Duration kSleepAtMost = std::chrono::milliseconds(50);
 
 volatile std::sig_atomic_t stop_signal = 0;
@@ -42,14 +39,8 @@ int Complain(const Status& status) {
 }
 
 void Serve(Transport* transport, ShardHost* host) {
-  TimePoint last_work = SteadyClock().Now();
   while (stop_signal == 0) {
-    const TimePoint now = SteadyClock().Now();
-    if (host->Turn(now)) {
-      last_work = now;
-    } else if (now - last_work > kPollFor) {
-      transport->Wait(kSleepAtMost);
-    }
+    if (!host->Turn(SteadyClock().Now())) transport->Wait(kSleepAtMost);
   }
 }
 

@@ -203,6 +203,8 @@ std::vector<KernelShape> KernelShapes() {
 
 Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv) {
   TransportBenchOptions bench;
+  bench.backends = options.backends;
+  bench.sizes_bytes = options.sizes_bytes;
   bench.time_per_row = ToDuration(options.seconds_per_row);
   std::unique_ptr<MpiSession> session;
   if (MpiSession::LaunchedByMpi()) {

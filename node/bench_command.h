@@ -1,7 +1,9 @@
 // `kvant bench` and `kvant report`: what this machine and a model reach, as ratios of one run.
 #pragma once
 
+#include <cstdint>
 #include <string>
+#include <vector>
 
 #include "base/status.h"
 
@@ -12,6 +14,9 @@ struct BenchOptions {
   int threads = 0;    // 0: one a core
   double seconds_per_row = 0.8;
   std::string json;  // file; empty: only the table
+  // bench transport
+  std::vector<std::string> backends;  // empty: all that can be used
+  std::vector<uint64_t> sizes_bytes = {4096, 65536, 1048576};
 };
 
 // Every backend beside a plain loop of its medium. argc, argv: for MPI, when started by mpirun.

@@ -357,6 +357,11 @@ int Main(int argc, char** argv) {
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
   }
+  bench_transport->add_option("--backend", bench.backends,
+                              "loopback, shm, tcp or mpi (default: all that can be used)");
+  bench_transport->add_option("--bytes", bench.sizes_bytes, "Sizes of transfers")
+      ->check(CLI::Range(uint64_t{1}, uint64_t{64} << 20))
+      ->capture_default_str();
   bench_node->add_option("--model", bench.model, "Hugging Face model directory, or a GGUF file")
       ->required();
   for (CLI::App* command : {bench_kernels, bench_node})

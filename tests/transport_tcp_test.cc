@@ -313,6 +313,52 @@ class Attacker {
   std::vector<tcp::Socket> raw_;
 };
 
+// 32 MiB of writes are accepted, then a message: it waits for the frame under way, not for them
+// all.
+TEST(TcpTransport, AMessageOvertakesWaitingWrites) {
+  constexpr uint32_t kWrites = 32;
+  constexpr size_t kWriteBytes = size_t{1} << 20;
+  auto server = NewTcp();
+  auto client = NewTcp();
+  const auto memory = [](Transport* transport) {
+    return *RegisteredArena::Create(transport, {.bytes = kWriteBytes * 2});
+  };
+  auto arena = memory(server.get());
+  auto from = memory(client.get());
+  Endpoint* endpoint = *client->Connect(*server->Listen("tcp://127.0.0.1:0"), kPatience);
+  std::vector<Event> events;
+  std::vector<Event> seen;
+  ASSERT_TRUE(PollUntil(client.get(), &events, [&] {
+    server->Poll(&seen);
+    return !events.empty() && !seen.empty();
+  }));
+  const Lease to = *arena->Lend(kWriteBytes);
+  const auto window = arena->Expose(to, seen.at(0).endpoint, 0, kWriteBytes, Access::kRemoteWrite);
+  const Lease local = *from->Lend(kWriteBytes);
+  std::vector<Transfer> writes(kWrites);
+  for (uint32_t i = 0; i < kWrites; ++i) {
+    writes[i] = {.local = local.bytes(), .remote = window->remote(), .immediate = i};
+  }
+  ASSERT_EQ(endpoint->Submit(writes), kWrites);
+  const std::vector<std::byte> message(100, std::byte{7});
+  ASSERT_TRUE(endpoint->Send(message).ok());
+  seen.clear();
+  ASSERT_TRUE(PollUntil(server.get(), &seen, [&] {
+    client->Poll(&events);
+    return FindEvent(seen, Event::Kind::kMessage) != nullptr;
+  }));
+  EXPECT_EQ(FindEvent(seen, Event::Kind::kMessage)->message, message);
+  const auto written = [&seen] {
+    return std::count_if(seen.begin(), seen.end(),
+                         [](const Event& e) { return e.kind == Event::Kind::kWritten; });
+  };
+  EXPECT_LT(written(), kWrites);
+  EXPECT_TRUE(PollUntil(server.get(), &seen, [&] {
+    client->Poll(&events);
+    return written() == kWrites;
+  }));
+}
+
 TEST(TcpTransport, GarbageHurtsNobody) {
   const char* wanted = std::getenv("KVANT_GARBAGE_FRAMES");
   const uint64_t frames = wanted != nullptr ? std::strtoull(wanted, nullptr, 10) : 4000;

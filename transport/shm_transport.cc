@@ -1,5 +1,4 @@
 // The shm transport: listens, greets peers, and gives every endpoint its turn.
-#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -9,6 +8,7 @@
 
 #include "base/bytes.h"
 #include "transport/endpoint_table.h"
+#include "transport/look_first.h"
 #include "transport/shm.h"
 #include "transport/shm_endpoint.h"
 
@@ -104,7 +104,10 @@ class Shm final : public ShmTransport {
   }
 
   bool Usable() const { return shared_.epoll && shared_.bell; }
-  void WakeOn(int fd) override { shared_.Watch(fd, kOther); }
+  void WakeOn(int fd) override {
+    shared_.Watch(fd, kOther);
+    woken_by_other_ = true;
+  }
   const Capabilities& capabilities() const override { return capabilities_; }
   Result<std::string> Listen(std::string_view address) override;
   Result<Endpoint*> Connect(std::string_view address, Duration timeout) override;
@@ -155,6 +158,7 @@ class Shm final : public ShmTransport {
   EndpointId next_id_ = kShmBit | 1;
   EndpointTable<ShmEndpoint> endpoints_;
   uint32_t polls_ = 0;
+  bool woken_by_other_ = false;
   bool look_ = true;  // at descriptors, in the next Poll
 };
 
@@ -302,14 +306,15 @@ void Shm::Poll(std::vector<Event>* events) {
 void Shm::Wait(Duration at_most) {
   if (at_most <= Duration::zero() || !shared_.events.empty() || look_ || AnyReady()) return;
   const TimePoint begin = SteadyClock().Now();
-  const Duration polling =
-      endpoints_.empty() ? Duration{} : std::min(at_most, shared_.options.poll_before_sleep);
-  TimePoint now = begin;
-  while (now - begin < polling) {
-    sched_yield();
-    if (AnyReady()) return;
-    now = SteadyClock().Now();
+  const bool alone = endpoints_.empty() && !woken_by_other_;
+  const Duration looking = std::min(at_most, shared_.options.poll_before_sleep);
+  if (!alone && LookFirst(looking, [this] {
+        look_ = woken_by_other_ && tcp::SleepUntilReadable(shared_.epoll, {});
+        return look_ || AnyReady();
+      })) {
+    return;
   }
+  const TimePoint now = SteadyClock().Now();
   Duration sleep = at_most - (now - begin);
   for (const auto& [id, endpoint] : endpoints_) {
     if (endpoint->HasTimer()) sleep = std::min(sleep, endpoint->deadline() - now);

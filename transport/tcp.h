@@ -1,5 +1,5 @@
-// The tcp backend: control messages over ZeroMQ, bulk bytes over a plain socket of the same
-// endpoint. docs/transport-guide.md gives both protocols byte for byte.
+// The tcp backend: a handshake over ZeroMQ, then messages and bulk bytes over a plain socket of the
+// same endpoint. docs/transport-guide.md gives both protocols byte for byte.
 #pragma once
 
 #include <chrono>
@@ -20,6 +20,8 @@ struct TcpOptions {
   Duration handshake_timeout = std::chrono::seconds(5);
   // A peer whose host answers nothing for this long is taken for dead.
   Duration silence_timeout = std::chrono::seconds(10);
+  // Wait looks for work this long before it sleeps.
+  Duration poll_before_sleep = std::chrono::microseconds(50);
 };
 
 // What garbage and slow peers cost. All counts since construction.

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 namespace kvant::tcp {
 namespace {
@@ -13,13 +14,19 @@ namespace {
 // A call moves at most this much before other endpoints get their turn.
 constexpr uint64_t kFairShareBytes = uint64_t{8} << 20;
 constexpr size_t kMaxIovecs = 64;
-// One sendmsg takes at most this much: more would not fit the socket's buffer anyway.
-constexpr uint64_t kMaxBatchBytes = uint64_t{4} << 20;
+// One sendmsg takes at most this much. With more, the receiver starts late and finds the bytes out
+// of the caches.
+constexpr uint64_t kMaxBatchBytes = uint64_t{512} << 10;
 // After small frames, this much beyond the payload is received with it: many frames a call, for a
 // copy of little bytes. After large ones only the next header is, and no payload is ever copied.
 constexpr size_t kStagingBytes = 32768;
 constexpr uint64_t kSmallPayload = 8192;
 constexpr size_t kScratchBytes = 65536;
+// Messages that wait to be sent: so many, and so many bytes before one more is taken.
+constexpr size_t kQueuedMessages = 1024;
+constexpr size_t kQueuedMessageBytes = size_t{16} << 20;
+constexpr size_t kSpareFrames = 16;
+constexpr size_t kSpareFrameBytes = 4096;
 
 // Where discarded bytes go. One a thread, as two streams of a thread never receive at once.
 std::span<std::byte> Scratch() {
@@ -91,9 +98,29 @@ size_t BulkStream::Submit(std::span<const Transfer> transfers) {
   return accepted;
 }
 
+bool BulkStream::SendMessage(std::span<const std::byte> message) {
+  if (messages_.size() >= kQueuedMessages || queued_message_bytes_ >= kQueuedMessageBytes) {
+    return false;
+  }
+  std::vector<std::byte> frame;
+  if (!spare_frames_.empty()) {
+    frame = std::move(spare_frames_.back());
+    spare_frames_.pop_back();
+  }
+  frame.resize(kMessageHeaderBytes + message.size());
+  EncodeMessageHeader(static_cast<uint32_t>(message.size()),
+                      std::span(frame).first<kMessageHeaderBytes>());
+  std::copy(message.begin(), message.end(), frame.begin() + kMessageHeaderBytes);
+  queued_message_bytes_ += frame.size();
+  messages_.push_back({std::move(frame)});
+  // A broken connection shows again, and is handled, in the next Poll.
+  if (writable_) static_cast<void>(Send());
+  return true;
+}
+
 Status BulkStream::Send() {
   uint64_t budget = kFairShareBytes;
-  while (writable_ && !out_.empty() && budget > 0) {
+  while (writable_ && sending() && budget > 0) {
     std::array<iovec, kMaxIovecs> parts;
     size_t count = 0;
     uint64_t batch = 0;
@@ -101,22 +128,33 @@ Status BulkStream::Send() {
       parts[count++] = {const_cast<std::byte*>(bytes.data()), bytes.size()};
       batch += bytes.size();
     };
+    const auto room = [&] { return count + 2 <= kMaxIovecs && batch < kMaxBatchBytes; };
     uint64_t skip = front_sent_;
-    for (size_t i = 0; i < out_.size() && count + 2 <= kMaxIovecs && batch < kMaxBatchBytes; ++i) {
-      Out& out = out_[i];
+    // Whether the whole rest of the frame went in.
+    const auto add_frame = [&](Out& out) {
       const uint64_t header_skip = std::min<uint64_t>(skip, kBulkHeaderBytes);
       const uint64_t payload_skip = skip - header_skip;
       skip = 0;
       if (header_skip < kBulkHeaderBytes) add(std::span(out.header).subspan(header_skip));
       std::span<const std::byte> rest = out.payload.subspan(payload_skip);
-      if (rest.empty()) continue;
-      if (out.op == BulkOp::kReadReply && !context_.windows->Exposed(out.window)) {
-        const auto zeros = Zeros().first(std::min(rest.size(), Zeros().size()));
-        add(zeros);
-        if (zeros.size() < rest.size()) break;
-      } else {
-        add(rest);
-      }
+      if (rest.empty()) return true;
+      const bool revoked = out.op == BulkOp::kReadReply && !context_.windows->Exposed(out.window);
+      const uint64_t most = revoked ? Zeros().size() : kMaxBatchBytes;
+      const bool whole = rest.size() <= most;
+      if (!whole) rest = rest.first(most);
+      add(revoked ? Zeros().first(rest.size()) : rest);
+      return whole;
+    };
+    // The frame under way, then messages, then the other frames: as Account takes them.
+    const bool frame_first = !MessageIsNext();
+    bool whole = !frame_first || add_frame(out_.front());
+    for (size_t i = 0; i < messages_.size() && whole && room(); ++i) {
+      add(std::span(messages_[i].frame).subspan(skip));
+      skip = 0;
+      whole = i + 1 == messages_.size() || room();
+    }
+    for (size_t i = frame_first ? 1 : 0; i < out_.size() && whole && room(); ++i) {
+      whole = add_frame(out_[i]);
     }
     msghdr message{};
     message.msg_iov = parts.data();
@@ -137,27 +175,51 @@ Status BulkStream::Send() {
 void BulkStream::Account(size_t sent) {
   uint64_t left = sent;
   while (left > 0) {
-    Out& out = out_.front();
-    const uint64_t total = kBulkHeaderBytes + out.payload.size();
-    const uint64_t taken = std::min(left, total - front_sent_);
-    const uint64_t of_header =
-        front_sent_ < kBulkHeaderBytes ? std::min(taken, kBulkHeaderBytes - front_sent_) : 0;
-    context_.counters->control_bytes_sent += of_header;
-    context_.counters->payload_bytes_sent += taken - of_header;
-    front_sent_ += taken;
-    left -= taken;
-    if (front_sent_ < total) return;
-    if (out.op == BulkOp::kWrite) {
-      --unsent_writes_;
-      Complete(out.cookie, OkStatus());
-    } else if (out.op == BulkOp::kRead) {
-      --unsent_reads_;
-    } else if (out.op == BulkOp::kReadReply || out.op == BulkOp::kReadRefused) {
-      --replies_in_out_;
+    message_under_way_ = MessageIsNext();
+    if (message_under_way_) {
+      AccountMessage(&left);
+    } else {
+      AccountFrame(&left);
     }
-    out_.pop_front();
-    front_sent_ = 0;
   }
+}
+
+void BulkStream::AccountMessage(uint64_t* left) {
+  std::vector<std::byte>& frame = messages_.front().frame;
+  const uint64_t taken = std::min<uint64_t>(*left, frame.size() - front_sent_);
+  context_.counters->control_bytes_sent += taken;
+  front_sent_ += taken;
+  *left -= taken;
+  if (front_sent_ < frame.size()) return;
+  front_sent_ = 0;
+  queued_message_bytes_ -= frame.size();
+  if (spare_frames_.size() < kSpareFrames && frame.capacity() <= kSpareFrameBytes) {
+    spare_frames_.push_back(std::move(frame));
+  }
+  messages_.pop_front();
+}
+
+void BulkStream::AccountFrame(uint64_t* left) {
+  Out& out = out_.front();
+  const uint64_t total = kBulkHeaderBytes + out.payload.size();
+  const uint64_t taken = std::min(*left, total - front_sent_);
+  const uint64_t of_header =
+      front_sent_ < kBulkHeaderBytes ? std::min(taken, kBulkHeaderBytes - front_sent_) : 0;
+  context_.counters->control_bytes_sent += of_header;
+  context_.counters->payload_bytes_sent += taken - of_header;
+  front_sent_ += taken;
+  *left -= taken;
+  if (front_sent_ < total) return;
+  front_sent_ = 0;
+  if (out.op == BulkOp::kWrite) {
+    --unsent_writes_;
+    Complete(out.cookie, OkStatus());
+  } else if (out.op == BulkOp::kRead) {
+    --unsent_reads_;
+  } else if (out.op == BulkOp::kReadReply || out.op == BulkOp::kReadRefused) {
+    --replies_in_out_;
+  }
+  out_.pop_front();
 }
 
 void BulkStream::OnReady(bool readable, bool writable, bool hung_up) {
@@ -184,7 +246,9 @@ void BulkStream::Landed(size_t count) {
   } else {
     landing_ = landing_.subspan(count);
   }
-  context_.counters->payload_bytes_received += count;
+  LinkCounters& counters = *context_.counters;
+  (sink_ == Sink::kMessage ? counters.control_bytes_received : counters.payload_bytes_received) +=
+      count;
 }
 
 Status BulkStream::Receive() {
@@ -205,9 +269,12 @@ Status BulkStream::Receive() {
       OnPayloadDone();
       continue;
     }
-    if (sink_ == Sink::kNone && staged >= kBulkHeaderBytes) {
-      KV_RETURN_IF_ERROR(OnHeader());
-      continue;
+    if (sink_ == Sink::kNone && staged >= kMessageHeaderBytes) {
+      const bool message = IsMessage(std::span(staging_).subspan(staged_begin_, staged));
+      if (message || staged >= kBulkHeaderBytes) {
+        KV_RETURN_IF_ERROR(message ? OnMessage() : OnHeader());
+        continue;
+      }
     }
     if (!readable_ || budget == 0) return OkStatus();
     // Either a payload with nothing staged, or less than a header staged.
@@ -287,9 +354,28 @@ Status BulkStream::OnHeader() {
       peer_said_goodbye_ = true;
       return OkStatus();
     case BulkOp::kHello:
+    case BulkOp::kMessage:
       break;
   }
   return InvalidArgument("the peer sent a second hello");
+}
+
+Status BulkStream::OnMessage() {
+  const auto length = DecodeMessageHeader(std::span<const std::byte, kMessageHeaderBytes>(
+      staging_.data() + staged_begin_, kMessageHeaderBytes));
+  staged_begin_ += kMessageHeaderBytes;
+  context_.counters->control_bytes_received += kMessageHeaderBytes;
+  if (!length) return InvalidArgument("the peer sent a malformed message frame");
+  if (*length > context_.max_message_bytes) {
+    return InvalidArgument("the peer sent a message of {} bytes, more than {}", *length,
+                           context_.max_message_bytes);
+  }
+  incoming_ = {.op = BulkOp::kMessage, .length = *length};
+  message_.resize(*length);
+  sink_ = Sink::kMessage;
+  landing_ = message_;
+  payload_left_ = *length;
+  return OkStatus();
 }
 
 Status BulkStream::OnWrite(const BulkHeader& header) {
@@ -360,6 +446,10 @@ void BulkStream::OnPayloadDone() {
                                 .endpoint = context_.endpoint,
                                 .window = incoming_.window,
                                 .immediate = *incoming_.immediate});
+  } else if (sink_ == Sink::kMessage) {
+    context_.events->push_back({.kind = Event::Kind::kMessage,
+                                .endpoint = context_.endpoint,
+                                .message = std::exchange(message_, {})});
   }
   sink_ = Sink::kNone;
 }
@@ -367,7 +457,7 @@ void BulkStream::OnPayloadDone() {
 void BulkStream::SayGoodbye() {
   closing_ = true;
   // The frame under way must be finished, or the goodbye would be taken for its payload.
-  const size_t keep = front_sent_ > 0 ? 1 : 0;
+  const size_t keep = front_sent_ > 0 && !message_under_way_ ? 1 : 0;
   for (size_t i = keep; i < out_.size(); ++i) {
     if (out_[i].op != BulkOp::kWrite) continue;
     --unsent_writes_;
@@ -385,6 +475,7 @@ void BulkStream::Abort(StatusCode code, std::string_view peer) {
   closing_ = true;
   readable_ = false;
   writable_ = false;
+  messages_.truncate(0);
   for (; !out_.empty(); out_.pop_front()) {
     if (out_.front().op != BulkOp::kWrite) continue;
     Complete(out_.front().cookie,

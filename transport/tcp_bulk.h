@@ -1,4 +1,5 @@
-// One bulk connection: frames out of and into registered memory over a non-blocking stream socket.
+// One bulk connection: messages, and frames out of and into registered memory, over a non-blocking
+// stream socket.
 #pragma once
 
 #include <array>
@@ -23,22 +24,26 @@ struct BulkContext {
   WindowTable* windows = nullptr;
   LinkCounters* counters = nullptr;
   TcpDefects* defects = nullptr;
-  std::vector<Event>* events = nullptr;  // kTransferDone and kWritten go here
+  std::vector<Event>* events = nullptr;  // kMessage, kTransferDone and kWritten go here
   size_t max_outstanding = 0;
+  size_t max_message_bytes = 0;
 };
 
 // Owned by its endpoint. Single-owner. Invariants:
 //   1. Every accepted transfer is in out_ (not wholly sent) or in reads_ (not wholly answered),
-//   until its
-//      kTransferDone is in the events.
+//      until its kTransferDone is in the events.
 //   2. The peer answers reads in the order asked, so a reply belongs to the front of reads_.
 //   3. Bytes land only after the window table allowed it in the same call.
+//   4. A message waits for no more than the frame under way and the messages before it.
 class BulkStream {
  public:
   BulkStream(Socket socket, const BulkContext& context);
 
   // Accepts a prefix, and sends what the socket takes at once.
   size_t Submit(std::span<const Transfer> transfers);
+  // Queues a copy of a message, and sends what the socket takes at once. False: the queue is full.
+  // REQUIRES: it is no longer than max_message_bytes.
+  bool SendMessage(std::span<const std::byte> message);
   // Sends until the socket would block or a fair share is sent. Not ok: the connection broke.
   Status Send();
   // Receives likewise. Not ok: the connection broke, or the peer violates the protocol
@@ -47,13 +52,14 @@ class BulkStream {
   // Edge-triggered readiness, as epoll reports it.
   void OnReady(bool readable, bool writable, bool hung_up);
   // Whether Send or Receive could make progress without further readiness.
-  bool wants_turn() const {
-    return (readable_ && !peer_said_goodbye_) || (writable_ && !out_.empty());
-  }
-  // Cancels all but the frame under way and ends the stream with a goodbye; what the peer still
-  // sends is thrown away.
+  bool wants_turn() const { return (readable_ && !peer_said_goodbye_) || (writable_ && sending()); }
+  // Whether there is more to send than the socket took. epoll says so only when a third of its
+  // buffer is free again; who polls keeps it full by trying.
+  bool blocked() const { return !writable_ && sending(); }
+  // Cancels all transfers but the frame under way and ends the stream, after the messages, with a
+  // goodbye; what the peer still sends is thrown away.
   void SayGoodbye();
-  bool said_goodbye() const { return closing_ && out_.empty(); }
+  bool said_goodbye() const { return closing_ && !sending(); }
   bool peer_said_goodbye() const { return peer_said_goodbye_; }
   // Completes everything with this code; nothing moves afterwards.
   void Abort(StatusCode code, std::string_view peer);
@@ -74,13 +80,22 @@ class BulkStream {
     uint64_t cookie = 0;
     uint32_t tag = 0;
   };
-  enum class Sink : uint8_t { kNone, kWindow, kRead, kDiscard };
+  struct OutMessage {
+    std::vector<std::byte> frame;  // its header, too
+  };
+  enum class Sink : uint8_t { kNone, kWindow, kRead, kDiscard, kMessage };
 
+  bool sending() const { return !out_.empty() || !messages_.empty(); }
+  // Whether the frame that is sent next, or is under way, is a message.
+  bool MessageIsNext() const { return front_sent_ > 0 ? message_under_way_ : !messages_.empty(); }
   void Queue(const BulkHeader& header, std::span<const std::byte> payload, uint64_t cookie);
   void Complete(uint64_t cookie, Status status);
   void Account(size_t sent);
+  void AccountMessage(uint64_t* left);
+  void AccountFrame(uint64_t* left);
   // Interprets a header that arrived; sets sink_ and the payload that follows.
   Status OnHeader();
+  Status OnMessage();
   Status OnWrite(const BulkHeader& header);
   Status OnRead(const BulkHeader& header);
   Status OnReadAnswer(const BulkHeader& header);
@@ -100,9 +115,14 @@ class BulkStream {
   bool peer_said_goodbye_ = false;
 
   Ring<Out> out_;
-  uint64_t front_sent_ = 0;   // bytes of out_.front() that the kernel took, header included
-  size_t unsent_writes_ = 0;  // of out_
-  size_t unsent_reads_ = 0;   // of out_, and the last ones of reads_
+  Ring<OutMessage> messages_;
+  size_t queued_message_bytes_ = 0;
+  // Frames of sent messages: the next ones need no allocation.
+  std::vector<std::vector<std::byte>> spare_frames_;
+  uint64_t front_sent_ = 0;         // bytes of the frame under way that the kernel took
+  bool message_under_way_ = false;  // while front_sent_ > 0: it is messages_.front()
+  size_t unsent_writes_ = 0;        // of out_
+  size_t unsent_reads_ = 0;         // of out_, and the last ones of reads_
   size_t replies_in_out_ = 0;
   size_t unreported_ = 0;  // completed, kTransferDone not polled yet
   Ring<PendingRead> reads_;
@@ -113,7 +133,8 @@ class BulkStream {
   size_t staged_end_ = 0;
   Sink sink_ = Sink::kNone;
   BulkHeader incoming_;
-  std::span<std::byte> landing_;  // where the rest of the payload goes
+  std::vector<std::byte> message_;  // that is arriving
+  std::span<std::byte> landing_;    // where the rest of the payload goes
   uint64_t payload_left_ = 0;
 };
 

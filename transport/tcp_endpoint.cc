@@ -76,7 +76,8 @@ void TcpEndpoint::OpenStream(Socket bulk) {
                                    .counters = &counters_,
                                    .defects = &shared_->defects,
                                    .events = &shared_->events,
-                                   .max_outstanding = shared_->options.max_outstanding});
+                                   .max_outstanding = shared_->options.max_outstanding,
+                                   .max_message_bytes = shared_->options.max_message_bytes});
   state_ = State::kOpen;
   shared_->events.push_back({.kind = Event::Kind::kConnected, .endpoint = id_});
   shared_->Activate(this);
@@ -105,24 +106,21 @@ Status TcpEndpoint::Send(std::span<const std::byte> message) {
     return Unavailable("sending to {}: the endpoint is {}", peer_,
                        Connecting() ? "not connected yet; wait for kConnected" : "closed");
   }
-  switch (SendControl(ControlType::kData, message)) {
-    case ZmqSent::kSent:
-      ++counters_.messages_sent;
-      return OkStatus();
-    case ZmqSent::kFull:
-      return MakeStatus(StatusCode::kResourceExhausted,
-                        "sending to {}: its queue is full; poll, then try again", peer_);
-    case ZmqSent::kNoPeer:
-      break;
+  if (!stream_->SendMessage(message)) {
+    return MakeStatus(StatusCode::kResourceExhausted,
+                      "sending to {}: its queue is full; poll, then try again", peer_);
   }
-  Broken(Unavailable("sending to {}: its message connection is gone", peer_));
-  return Unavailable("sending to {}: its message connection is gone", peer_);
+  ++counters_.messages_sent;
+  if (stream_->wants_turn()) shared_->Activate(this);
+  NoteBlocked();
+  return OkStatus();
 }
 
 size_t TcpEndpoint::Submit(std::span<const Transfer> transfers) {
   if (state_ != State::kOpen) return 0;
   const size_t accepted = stream_->Submit(transfers);
   if (stream_->wants_turn()) shared_->Activate(this);
+  NoteBlocked();
   return accepted;
 }
 
@@ -151,11 +149,7 @@ void TcpEndpoint::OnControl(std::span<const std::byte> message) {
   }
   const auto type = static_cast<ControlType>(message[0]);
   const bool connected = state_ == State::kOpen || state_ == State::kPeerClosing;
-  if (type == ControlType::kData && connected && !control_goodbye_) {
-    const auto body = message.subspan(1);
-    shared_->events.push_back(
-        {.kind = Event::Kind::kMessage, .endpoint = id_, .message = {body.begin(), body.end()}});
-  } else if (type == ControlType::kGoodbye && message.size() == 1 && connected) {
+  if (type == ControlType::kGoodbye && message.size() == 1 && connected) {
     control_goodbye_ = true;
     OnPeerGoodbye();
   } else if (type == ControlType::kWelcome && state_ == State::kHello) {
@@ -251,6 +245,10 @@ void TcpEndpoint::Progress() {
     if (monitor_.SawDisconnect()) {
       // What arrived before the end counts.
       DrainDealer();
+      if (stream_ != nullptr && state_ != State::kClosed) {
+        stream_->OnReady(true, false, false);
+        ProgressBulk();
+      }
       if (state_ == State::kPeerClosing) {
         control_goodbye_ = true;
         OnPeerGoodbye();
@@ -263,6 +261,23 @@ void TcpEndpoint::Progress() {
   }
   if (state_ != State::kClosed && stream_ != nullptr) ProgressBulk();
   if (ReadyNow()) shared_->Activate(this);
+  NoteBlocked();
+}
+
+void TcpEndpoint::NoteBlocked() {
+  if (blocked || !HasMore()) return;
+  blocked = true;
+  shared_->blocked.push_back(id_);
+}
+
+bool TcpEndpoint::SendMore() {
+  if (!HasMore()) return false;
+  const uint64_t before = counters_.payload_bytes_sent + counters_.control_bytes_sent;
+  stream_->OnReady(false, true, false);
+  // A broken connection shows again, and is handled, in Progress.
+  static_cast<void>(stream_->Send());
+  if (stream_->wants_turn() || stream_->said_goodbye()) shared_->Activate(this);
+  return counters_.payload_bytes_sent + counters_.control_bytes_sent != before;
 }
 
 void TcpEndpoint::ProgressBulk() {

@@ -54,6 +54,7 @@ struct TcpShared {
   ZmqSocket router;
   bool router_hot = false;  // may hold messages that its descriptor does not signal
   std::vector<EndpointId> active;
+  std::vector<EndpointId> blocked;  // have more to send than their socket took
   std::vector<EndpointId> timed;
   // Accepted peers by their ZeroMQ identity.
   std::unordered_map<std::string, TcpEndpoint*, StringHash, std::equal_to<>> peers;
@@ -84,10 +85,14 @@ class TcpEndpoint final : public Endpoint {
   const LinkCounters& counters() const override { return counters_; }
 
   // The transport drives these.
-  bool active = false;  // stands in TcpShared::active
+  bool active = false;   // stands in TcpShared::active
+  bool blocked = false;  // stands in TcpShared::blocked
   void OnControl(std::span<const std::byte> message);
   void OnReady(Source source, uint32_t epoll_events);
   void Progress();
+  // Sends what the socket has room for by now; whether that was anything.
+  bool SendMore();
+  bool HasMore() const { return !closed() && stream_ != nullptr && stream_->blocked(); }
   void OnTimer(TimePoint now);
   bool HasTimer() const { return state_ != State::kOpen && state_ != State::kClosed; }
   TimePoint deadline() const { return deadline_; }
@@ -114,6 +119,7 @@ class TcpEndpoint final : public Endpoint {
   void OnBulkConnected();
   void OpenStream(Socket bulk);
   void ProgressBulk();
+  void NoteBlocked();
   void DrainDealer();
   void OnPeerGoodbye();
   void Broken(const Status& why);

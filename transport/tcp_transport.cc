@@ -9,6 +9,7 @@
 #include "base/bytes.h"
 #include "base/random.h"
 #include "transport/endpoint_table.h"
+#include "transport/look_first.h"
 #include "transport/tcp.h"
 #include "transport/tcp_endpoint.h"
 
@@ -87,6 +88,8 @@ class Tcp final : public TcpTransport {
   };
 
   void Dispatch(const epoll_event& event);
+  // Tries those whose socket was full; whether it took anything.
+  bool SendMore();
   void DrainRouter();
   void OnRouterMessage(std::string_view identity, std::span<const std::byte> message);
   void OnHello(std::string_view identity, std::span<const std::byte> message);
@@ -185,6 +188,7 @@ void Tcp::Poll(std::vector<Event>* events) {
   const int count = epoll_wait(shared_.epoll.fd(), ready.data(), kEventsAtOnce, 0);
   for (int i = 0; i < count; ++i) Dispatch(ready[static_cast<size_t>(i)]);
   if (shared_.router_hot) DrainRouter();
+  SendMore();
   std::swap(turn_, shared_.active);
   for (const EndpointId id : turn_) {
     TcpEndpoint* endpoint = endpoints_.Get(id);
@@ -215,7 +219,23 @@ Duration Tcp::MaySleep(Duration at_most) {
 void Tcp::Wait(Duration at_most) {
   const Duration sleep = MaySleep(at_most);
   if (sleep <= Duration::zero()) return;
+  const Duration looking = std::min(sleep, shared_.options.poll_before_sleep);
+  const bool alone = endpoints_.size() == 0;
+  if (!alone && LookFirst(looking, [this] { return SleepUntilReadable(shared_.epoll, {}); }))
+    return;
   SleepUntilReadable(shared_.epoll, sleep);
+}
+
+bool Tcp::SendMore() {
+  bool any = false;
+  std::erase_if(shared_.blocked, [&](EndpointId id) {
+    TcpEndpoint* endpoint = endpoints_.Get(id);
+    if (endpoint == nullptr) return true;
+    any = endpoint->SendMore() || any;
+    endpoint->blocked = endpoint->HasMore();
+    return !endpoint->blocked;
+  });
+  return any;
 }
 
 void Tcp::DrainRouter() {

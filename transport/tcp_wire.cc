@@ -82,4 +82,22 @@ std::optional<BulkHeader> DecodeBulkHeader(std::span<const std::byte, kBulkHeade
   return header;
 }
 
+void EncodeMessageHeader(uint32_t length, std::span<std::byte, kMessageHeaderBytes> to) {
+  StoreLittle(to.data(), kBulkMagic);
+  StoreLittle(to.data() + 4, static_cast<uint32_t>(BulkOp::kMessage));
+  StoreLittle(to.data() + 8, length);
+}
+
+bool IsMessage(std::span<const std::byte> frame) {
+  return frame[4] == static_cast<std::byte>(BulkOp::kMessage);
+}
+
+std::optional<uint32_t> DecodeMessageHeader(std::span<const std::byte, kMessageHeaderBytes> from) {
+  if (LoadLittle<uint32_t>(from.data()) != kBulkMagic ||
+      LoadLittle<uint32_t>(from.data() + 4) != static_cast<uint32_t>(BulkOp::kMessage)) {
+    return std::nullopt;
+  }
+  return LoadLittle<uint32_t>(from.data() + 8);
+}
+
 }  // namespace kvant::tcp

@@ -12,6 +12,7 @@ namespace kvant::fuzz {
 namespace {
 
 constexpr size_t kWindowBytes = 256;
+constexpr size_t kLargestMessage = 300;
 constexpr std::byte kUntouched{0xC3};
 
 struct Memory {
@@ -34,6 +35,13 @@ void AppendFrame(const tcp::BulkHeader& header, size_t payload, Bytes* out) {
   tcp::Encode(header, bytes);
   out->insert(out->end(), bytes.begin(), bytes.end());
   out->resize(out->size() + payload, std::byte{0x11});
+}
+
+void AppendMessage(size_t length, Bytes* out) {
+  std::array<std::byte, tcp::kMessageHeaderBytes> bytes;
+  tcp::EncodeMessageHeader(static_cast<uint32_t>(length), bytes);
+  out->insert(out->end(), bytes.begin(), bytes.end());
+  out->resize(out->size() + length, std::byte{0x22});
 }
 
 }  // namespace
@@ -60,6 +68,7 @@ std::vector<Bytes> SeedInputs() {
               0, &frames);
   AppendFrame({.op = tcp::BulkOp::kReadReply, .tag = 0, .length = 128}, 128, &frames);
   AppendFrame({.op = tcp::BulkOp::kReadRefused, .tag = 1}, 0, &frames);
+  AppendMessage(40, &frames);
   Bytes with_goodbye = frames;
   AppendFrame({.op = tcp::BulkOp::kGoodbye}, 0, &with_goodbye);
   Bytes beyond(4, std::byte{1});
@@ -69,7 +78,11 @@ std::vector<Bytes> SeedInputs() {
                .offset = ~uint64_t{0} - 8,
                .length = 100},
               100, &beyond);
-  return {frames, with_goodbye, beyond};
+  Bytes messages(4);
+  for (const size_t length : {size_t{0}, size_t{1}, kLargestMessage, kLargestMessage + 1}) {
+    AppendMessage(length, &messages);
+  }
+  return {frames, with_goodbye, beyond, messages};
 }
 
 }  // namespace kvant::fuzz
@@ -91,7 +104,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   LinkCounters counters;
   TcpDefects defects;
   std::vector<Event> events;
-  tcp::BulkStream stream(tcp::Socket{pair[0]}, {1, &table, &counters, &defects, &events, 8});
+  tcp::BulkStream stream(tcp::Socket{pair[0]},
+                         {1, &table, &counters, &defects, &events, 8, kLargestMessage});
   std::vector<Transfer> reads(2);
   for (size_t i = 0; i < reads.size(); ++i) {
     reads[i].op = Transfer::Op::kRead;
@@ -100,6 +114,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     reads[i].cookie = i + 1;
   }
   KV_CHECK(stream.Submit(reads) == reads.size());
+  KV_CHECK(stream.SendMessage(memory.readable));
   Status status;
   bool first = true;
   while (status.ok() && !input.empty()) {
@@ -115,7 +130,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   }
   stream.Abort(StatusCode::kUnavailable, "fuzz");
   size_t done = 0;
-  for (const Event& event : events) done += event.kind == Event::Kind::kTransferDone;
+  for (const Event& event : events) {
+    done += event.kind == Event::Kind::kTransferDone;
+    KV_CHECK(event.message.size() <= kLargestMessage);
+  }
   KV_CHECK(done == reads.size());
   for (const std::byte byte : memory.guard_before) KV_CHECK(byte == kUntouched);
   for (const std::byte byte : memory.readable) KV_CHECK(byte == kUntouched);
