@@ -89,7 +89,6 @@ class CacheClient::Impl {
     uint64_t request_id = 0;
     bool reserved = false;
     bool sealing = false;
-    std::vector<std::byte> manifest;                   // while sealing
     std::vector<std::pair<uint64_t, uint64_t>> ready;  // offset, length; not announced yet
     ExposedWindow window;
   };
@@ -129,7 +128,7 @@ class CacheClient::Impl {
 
   void OnPutReply(const Request& request, const wire::PutReply& reply, TimePoint now);
   void SendReady(PutOp* put, TimePoint now);
-  void SendSeal(PutOp* put, TimePoint now);
+  void SendSeal(const PutOp& put, const BlockManifest& manifest, TimePoint now);
   void EndPut(OpId op, const Status& status, bool already_there, bool tell_shard, TimePoint now);
 
   void EndCall(OpId op, const Status& status, std::string text);

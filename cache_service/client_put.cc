@@ -94,16 +94,15 @@ void CacheClient::Impl::SealPut(OpId op, const BlockManifest& manifest, TimePoin
   }
   if (!status.ok()) return EndPut(op, status, false, true, now);
   put.sealing = true;
-  put.manifest = EncodeManifest(manifest);
-  if (put.reserved) SendSeal(&put, now);
+  // Without waiting for the reservation: the shard takes Reserve first, and it answers for both
+  // when it refuses.
+  SendSeal(put, manifest, now);
 }
 
-void CacheClient::Impl::SendSeal(PutOp* put, TimePoint now) {
-  // The shard reads whatever was not announced: Seal says that all of it is there.
-  put->ready.clear();
-  wire::Envelope ask = Ask(put->request_id, put->request.deadline, now);
-  ask.mutable_seal()->set_manifest(ToWire(put->manifest));
-  Send(put->shard, ask);
+void CacheClient::Impl::SendSeal(const PutOp& put, const BlockManifest& manifest, TimePoint now) {
+  wire::Envelope ask = Ask(put.request_id, put.request.deadline, now);
+  ask.mutable_seal()->set_manifest(ToWire(EncodeManifest(manifest)));
+  Send(put.shard, ask);
 }
 
 void CacheClient::Impl::OnPutReply(const Request& request, const wire::PutReply& reply,
@@ -113,11 +112,7 @@ void CacheClient::Impl::OnPutReply(const Request& request, const wire::PutReply&
     case wire::PutReply::RESERVED:
       if (put.reserved) return;
       put.reserved = true;
-      if (put.sealing) {
-        SendSeal(&put, now);
-      } else {
-        SendReady(&put, now);
-      }
+      if (!put.sealing) SendReady(&put, now);
       return;
     case wire::PutReply::ALREADY_THERE:
     case wire::PutReply::IN_PROGRESS:
