@@ -382,7 +382,7 @@ Result<int> ShowReport(const std::string& file, const std::string& baseline_file
     KV_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
     try {
       return Json::parse(text);
-    } catch (const Json::parse_error& error) {
+    } catch (const Json::exception& error) {
       return InvalidArgument("report '{}': not JSON: {}", path, error.what());
     }
   };

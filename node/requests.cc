@@ -221,6 +221,9 @@ Status ForEachLine(std::string_view text, std::string_view file_name, const Take
       const std::string_view what = error.what();
       return InvalidArgument("{}, line {}: not JSON at character {}{}", place.file, place.line,
                              error.byte, what.substr(std::min(what.find(": "), what.size())));
+    } catch (const Json::out_of_range&) {
+      return InvalidArgument("{}, line {}: a number that is too large for a double", place.file,
+                             place.line);
     }
     KV_RETURN_IF_ERROR(take(json, place));
   }

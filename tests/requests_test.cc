@@ -72,6 +72,7 @@ std::string WithBody(const std::string& body) {
 TEST(ParseRequests, MalformedLinesAreNamed) {
   const Malformed cases[] = {
       {"cut off", R"({"custom_id": "a")", "not JSON", "character"},
+      {"an overflow", R"({"custom_id": 8e999})", "too large", "double"},
       {"not UTF-8", "{\"custom_id\": \"\xff\"}", "not JSON", "UTF-8"},
       {"a list", "[1]", "line 2", "one JSON object a line"},
       {"a number", "7", "line 2", "one JSON object a line"},
