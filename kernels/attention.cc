@@ -35,10 +35,11 @@ void InitPartials(const QueryBlock& block, int value_dim) {
   std::fill_n(block.weighted, vectors * static_cast<size_t>(value_dim), 0.0F);
 }
 
-void AttendTile(const QueryBlock& block, const LayerTile& tile, const Visible& visible) {
+void AttendTile(const QueryBlock& block, const LayerTile& tile, const Visible& visible,
+                const LayerTile* next) {
   CheckShape(block, tile.shape);
   KV_CHECK(ShapeIsValid(tile.shape.keys) && ShapeIsValid(tile.shape.values));
-  ActiveImplementation().attend_tile(block, tile, visible);
+  ActiveImplementation().attend_tile(block, tile, visible, next);
 }
 
 void AttendRaw(const QueryBlock& block, const RawTokens& tokens, const Visible& visible) {

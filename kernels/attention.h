@@ -70,7 +70,9 @@ void InitPartials(const QueryBlock& block, int value_dim);
 // queries and keys of normal numbers, results are off by less than kTileAttentionError of the
 // largest one.
 inline constexpr double kTileAttentionError = 0x1p-13;
-void AttendTile(const QueryBlock& block, const LayerTile& tile, const Visible& visible = {});
+// `next`: the tile that is attended after this one, brought nearer meanwhile; nullptr: not known.
+void AttendTile(const QueryBlock& block, const LayerTile& tile, const Visible& visible = {},
+                const LayerTile* next = nullptr);
 // The same for raw tokens.
 void AttendRaw(const QueryBlock& block, const RawTokens& tokens, const Visible& visible = {});
 // Adds `from` to `into`: the softmax over the union of both token sets.

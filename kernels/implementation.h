@@ -27,7 +27,7 @@ struct Implementation {
                       const MutableSegmentRanges& out, float* max_error);
   void (*tile_decode)(const TileFormat&, SegmentKind, const SegmentShape&, const SegmentRanges&,
                       float* out);
-  void (*attend_tile)(const QueryBlock&, const LayerTile&, const Visible&);
+  void (*attend_tile)(const QueryBlock&, const LayerTile&, const Visible&, const LayerTile* next);
   void (*attend_raw)(const QueryBlock&, const RawTokens&, const Visible&);
   // As ordered_gemm.h says.
   void (*ordered_multiply)(const OrderedProduct&);

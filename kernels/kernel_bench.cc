@@ -345,13 +345,19 @@ AttentionRates MeasureAttention(const AttentionWork& work, ThreadPool* pool, Dur
       pool->ParallelFor(pieces, [&](int piece) {
         const QueryBlock block = query(piece);
         InitPartials(block, value_dim);
-        for (int i = piece * kPiece; i < std::min(blocks, (piece + 1) * kPiece); ++i) {
+        const auto tile = [&](int i) {
           const std::byte* payload =
               all.data() + (Product(layer, blocks) + static_cast<size_t>(i)) * stride;
-          AttendTile(block, {work.codec, shape,
-                             layout.Ranges(SegmentKind::kKey, 0, work.codec->key_cuts, payload),
-                             layout.Ranges(shape.value_kind(), 0,
-                                           work.codec->cuts(shape.value_kind()), payload)});
+          return LayerTile{
+              work.codec, shape, layout.Ranges(SegmentKind::kKey, 0, work.codec->key_cuts, payload),
+              layout.Ranges(shape.value_kind(), 0, work.codec->cuts(shape.value_kind()), payload)};
+        };
+        const int end = std::min(blocks, (piece + 1) * kPiece);
+        LayerTile now = tile(piece * kPiece);
+        for (int i = piece * kPiece; i < end; ++i) {
+          const LayerTile next = i + 1 < end ? tile(i + 1) : now;
+          AttendTile(block, now, {}, &next);
+          now = next;
         }
       });
       for (int piece = 1; piece < pieces; ++piece) MergePartials(query(piece), query(0), value_dim);

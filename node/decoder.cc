@@ -78,7 +78,8 @@ void Decoder::AttendBlock(const PrefillBlock& block, int layer, int first_block)
     };
     for (size_t i = 0; i < tiles_.size(); ++i) {
       const int position = (first_block + static_cast<int>(i)) * kBlockTokens;
-      kernels::AttendTile(queries, tiles_[i], {see_from(position), nullptr});
+      kernels::AttendTile(queries, tiles_[i], {see_from(position), nullptr},
+                          i + 1 < tiles_.size() ? &tiles_[i + 1] : nullptr);
     }
     int seen_to[kMostRowsPerPiece];  // causal: a token sees itself and what stands before it
     for (int row = first; row < end; ++row) seen_to[row - first] = row + 1;
@@ -165,9 +166,10 @@ void Decoder::AttendPieces(std::span<const DecodeRow> rows, int layer) {
     const QueryBlock query = a_.Queries(piece.row, 1, static_cast<size_t>(index));
     kernels::InitPartials(query, value_dim);
     int seen_from = config.FirstVisible(layer, row.position) - piece.position;
+    const kernels::LayerTile* tiles = tiles_.data() + piece.first_tile;
     for (int tile = 0; tile < piece.tiles; ++tile) {
-      kernels::AttendTile(query, tiles_[piece.first_tile + static_cast<size_t>(tile)],
-                          {&seen_from, nullptr});
+      kernels::AttendTile(query, tiles[tile], {&seen_from, nullptr},
+                          tile + 1 < piece.tiles ? &tiles[tile + 1] : nullptr);
       seen_from -= kBlockTokens;
     }
     if (piece.tiles > 0) return;

@@ -374,13 +374,14 @@ TEST(AttentionTest, EveryImplementationGivesTheBitsOfTheReference) {
       const Visible visible = {nullptr, end};
       Random one(24);
       Queries expected(2, 6, head_dim, &one);
-      Implementations().back()->attend_tile(expected.block, block.Tile(1, 1), {});
+      Implementations().back()->attend_tile(expected.block, block.Tile(1, 1), {}, nullptr);
       Implementations().back()->attend_raw(expected.block, raw, visible);
       for (const Implementation* implementation : Implementations()) {
         if (!implementation->runs_here()) continue;
         Random two(24);
         Queries found(2, 6, head_dim, &two);
-        implementation->attend_tile(found.block, block.Tile(1, 1), {});
+        const LayerTile next = block.Tile(1, 1);  // is fetched ahead, and changes nothing
+        implementation->attend_tile(found.block, block.Tile(1, 1), {}, &next);
         implementation->attend_raw(found.block, raw, visible);
         EXPECT_EQ(found.max, expected.max) << implementation->name << " " << codec->name;
         EXPECT_EQ(found.sum, expected.sum) << implementation->name << " " << codec->name;
