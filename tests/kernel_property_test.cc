@@ -8,8 +8,8 @@
 
 #include "kernels/attention.h"
 #include "kernels/payload_layout.h"
+#include "tests/kernel_differential.h"
 #include "tests/lossless_fixtures.h"
-#include "tests/ordered_fixtures.h"
 
 namespace kvant::kernels {
 namespace {
@@ -137,37 +137,25 @@ RC_GTEST_PROP(LosslessProperty, EveryBitComesBack, ()) {
   RC_ASSERT(decoded == raw);
 }
 
-RC_GTEST_PROP(OrderedProperty, EveryImplementationGivesTheSameBitsNearTheExactSum, ()) {
-  const int rows = *rc::gen::inRange(1, 67).as("rows");
-  const int inputs = *rc::gen::inRange(1, 1200).as("inputs");
-  const int outputs = *rc::gen::inRange(1, 100).as("outputs");
-  const bool bf16 = *rc::gen::arbitrary<bool>().as("bf16");
-  const int exponent = *rc::gen::inRange(-149, 100).as("exponent");
-  const auto start =
-      *rc::gen::element(OrderedStart::kZero, OrderedStart::kBias, OrderedStart::kHeld).as("start");
-  Random random(*rc::gen::arbitrary<uint64_t>().as("seed"));
-  const OrderedCase made = MakeOrderedCase(rows, inputs, outputs, bf16, exponent, &random);
-  const OrderedWeights weights(made.weights.data(), outputs, inputs);
-  const std::vector<float> found =
-      OrderedRowsBy(*Implementations().back(), weights, made, start, 0, rows);
-  for (const Implementation* implementation : Implementations()) {
-    if (!implementation->runs_here()) continue;
-    RC_ASSERT(SameBits(OrderedRowsBy(*implementation, weights, made, start, 0, rows), found));
+RC_GTEST_PROP(DifferentialProperty, EveryImplementationGivesTheSameBitsNearTheOracle, ()) {
+  const auto bytes = *rc::gen::arbitrary<std::vector<uint8_t>>().as("case");
+  for (int kernel = 0; kernel < kDifferentialKernels; ++kernel) {
+    const std::string difference =
+        FindDifference(static_cast<DifferentialKernel>(kernel), bytes.data(), bytes.size());
+    if (!difference.empty()) RC_FAIL(difference);
   }
-  for (int r = 0; r < rows; ++r) {
-    for (int n = 0; n < outputs; ++n) {
-      auto sum = static_cast<double>(StartOf(made, start, r, n));
-      double magnitude = std::fabs(sum);
-      for (int k = 0; k < inputs; ++k) {
-        const double term =
-            static_cast<double>(made.X(r, k)) * static_cast<double>(made.Weight(n, k));
-        sum += term;
-        magnitude += std::fabs(term);
+}
+
+TEST(DifferentialTest, EveryHeadSizeAndGroupOfEveryCodec) {
+  for (int codec = 0; codec < static_cast<int>(Codecs().size()); ++codec) {
+    for (int head_dim = 0; head_dim < static_cast<int>(std::size(kDifferentialHeadDims));
+         ++head_dim) {
+      for (int group = 1; group <= kMaxGroup; ++group) {
+        const std::vector<uint8_t> bytes = AttendTileCase(codec, head_dim, group);
+        EXPECT_EQ(FindDifference(DifferentialKernel::kAttendTile, bytes.data(), bytes.size()), "")
+            << Codecs()[static_cast<size_t>(codec)]->name << ", head size "
+            << kDifferentialHeadDims[head_dim] << ", group " << group;
       }
-      // Each of the roundings adds at most 2^-24 of a sum, or half of the smallest number there is.
-      const double bound = (inputs + 1) * (magnitude * 0x1p-24 * 1.001 + 0x1p-150);
-      RC_ASSERT(std::fabs(static_cast<double>(found[static_cast<size_t>(r * outputs + n)]) - sum) <=
-                bound);
     }
   }
 }
