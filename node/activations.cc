@@ -4,7 +4,6 @@
 
 #include "base/check.h"
 #include "kernels/vector.h"
-#include "node/expert_routing.h"
 
 namespace kvant::node {
 namespace {
@@ -24,7 +23,13 @@ int WidestMlp(const ModelConfig& config) {
 }  // namespace
 
 Activations::Activations(const Model* model, kernels::ThreadPool* pool)
-    : model_(*model), config_(model->config()), pool_(pool), state_(config_.StateShape(1)) {
+    : model_(*model),
+      config_(model->config()),
+      pool_(pool),
+      state_(config_.StateShape(1)),
+      router_(config_.experts),
+      assigned_(static_cast<size_t>(config_.experts.experts)) {
+  for (std::vector<Assignment>& rows : assigned_) rows.reserve(kRows);
   x.resize(RowsOf(config_.hidden));
   q.resize(RowsOf(config_.q_heads * kernels::KeyDim(state_)));
   k.resize(RowsOf(key_width()));
@@ -232,27 +237,23 @@ void Activations::AddExperts(const LayerWeights& layer, int rows, float* out) {
   const auto experts = static_cast<size_t>(config_.experts.experts);
   const auto width = static_cast<size_t>(config_.hidden);
   Product(layer.router, normed_.data(), rows, scores_.data());
-  struct Assignment {
-    int row;
-    float weight;
-  };
-  std::vector<std::vector<Assignment>> assigned(experts);
+  for (std::vector<Assignment>& rows_of : assigned_) rows_of.clear();
   for (int row = 0; row < rows; ++row) {
     const std::span<float> logits(Row(scores_, row, config_.experts.experts), experts);
-    for (const ExpertChoice& choice : RouteToken(config_.experts, logits, layer.router_bias)) {
-      assigned[static_cast<size_t>(choice.expert)].push_back({row, choice.weight});
+    for (const ExpertChoice& choice : router_.Route(logits, layer.router_bias)) {
+      assigned_[static_cast<size_t>(choice.expert)].push_back({row, choice.weight});
     }
   }
   for (size_t expert = 0; expert < experts; ++expert) {
-    if (assigned[expert].empty()) continue;
-    const int count = static_cast<int>(assigned[expert].size());
+    if (assigned_[expert].empty()) continue;
+    const int count = static_cast<int>(assigned_[expert].size());
     float* to = expert_in_.data();
-    for (const Assignment& assignment : assigned[expert]) {
+    for (const Assignment& assignment : assigned_[expert]) {
       to = std::copy_n(Row(normed_, assignment.row, config_.hidden), width, to);
     }
     DenseMlp(layer.experts[expert], expert_in_.data(), count, expert_out_.data());
     const float* from = expert_out_.data();
-    for (const Assignment& assignment : assigned[expert]) {
+    for (const Assignment& assignment : assigned_[expert]) {
       float* sum = out + static_cast<size_t>(assignment.row) * width;
       for (size_t i = 0; i < width; ++i) sum[i] += assignment.weight * from[i];
       from += width;

@@ -8,6 +8,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/linear.h"
+#include "node/expert_routing.h"
 #include "node/model.h"
 
 namespace kvant::node {
@@ -53,6 +54,11 @@ class Activations {
   std::vector<float> attended;  // [kRows][q_heads][values.head_dim]
 
  private:
+  // A row that an expert was chosen for.
+  struct Assignment {
+    int row = 0;
+    float weight = 0.0F;
+  };
   void Product(const kernels::OrderedWeights& weights, const float* x, int rows, float* y);
   void ProjectHeads(const LayerWeights& layer, int rows);
   void ProjectLatent(int layer, std::span<const int> positions);
@@ -71,18 +77,20 @@ class Activations {
   const ModelConfig& config_;
   kernels::ThreadPool* pool_;
   kernels::LayerShape state_;
-  std::vector<float> normed_;      // [kRows][hidden]
-  std::vector<float> added_;       // [kRows][hidden]
-  std::vector<float> gate_;        // [kRows][widest MLP]
-  std::vector<float> up_;          // [kRows][widest MLP]
-  std::vector<float> projected_;   // latent attention: [kRows][q_heads][nope_dim + rope_dim]
-  std::vector<float> low_;         // latent attention: [kRows][q_rank or kv_rank + rope_dim]
-  std::vector<float> head_in_;     // latent attention: [q_heads][kRows][widest input of a head]
-  std::vector<float> head_out_;    // latent attention: [q_heads][kRows][widest output of a head]
-  std::vector<float> values_;      // latent attention: [kRows][q_heads][value_dim]
-  std::vector<float> scores_;      // mixture: [kRows][experts]
-  std::vector<float> expert_in_;   // mixture: [kRows][hidden]
-  std::vector<float> expert_out_;  // mixture: [kRows][hidden]
+  std::vector<float> normed_;     // [kRows][hidden]
+  std::vector<float> added_;      // [kRows][hidden]
+  std::vector<float> gate_;       // [kRows][widest MLP]
+  std::vector<float> up_;         // [kRows][widest MLP]
+  std::vector<float> projected_;  // latent attention: [kRows][q_heads][nope_dim + rope_dim]
+  std::vector<float> low_;        // latent attention: [kRows][q_rank or kv_rank + rope_dim]
+  std::vector<float> head_in_;    // latent attention: [q_heads][kRows][widest input of a head]
+  std::vector<float> head_out_;   // latent attention: [q_heads][kRows][widest output of a head]
+  std::vector<float> values_;     // latent attention: [kRows][q_heads][value_dim]
+  ExpertRouter router_;
+  std::vector<std::vector<Assignment>> assigned_;  // mixture: [experts], room for kRows each
+  std::vector<float> scores_;                      // mixture: [kRows][experts]
+  std::vector<float> expert_in_;                   // mixture: [kRows][hidden]
+  std::vector<float> expert_out_;                  // mixture: [kRows][hidden]
   // Partial softmaxes; as many query rows as a step needs.
   std::vector<float> max_;       // [partials][q_heads]
   std::vector<float> sum_;       // [partials][q_heads]

@@ -9,71 +9,73 @@
 #include "kernels/vector.h"
 
 namespace kvant::node {
-namespace {
 
-// Indices of the `count` largest scores.
-std::vector<int> Best(std::span<const float> scores, int count) {
-  std::vector<int> order(scores.size());
+using Routing = MixtureOfExperts::Routing;
+
+ExpertRouter::ExpertRouter(const MixtureOfExperts& experts)
+    : experts_(experts),
+      scores_(static_cast<size_t>(experts.experts)),
+      groups_(static_cast<size_t>(experts.groups)),
+      open_(groups_.size()),
+      order_(std::max(scores_.size(), groups_.size())) {
+  choices_.reserve(static_cast<size_t>(experts.experts_per_token));
+}
+
+std::span<int> ExpertRouter::Best(std::span<const float> scores, int count) {
+  const auto order = std::span(order_).first(scores.size());
   std::iota(order.begin(), order.end(), 0);
   std::partial_sort(order.begin(), order.begin() + count, order.end(), [&](int a, int b) {
     const float left = scores[static_cast<size_t>(a)];
     const float right = scores[static_cast<size_t>(b)];
     return left != right ? left > right : a < b;
   });
-  order.resize(static_cast<size_t>(count));
-  return order;
+  return order.first(static_cast<size_t>(count));
 }
 
-// A group is as good as its best expert, or under kSigmoid as its best two together.
-float GroupScore(MixtureOfExperts::Routing routing, std::span<const float> scores) {
-  const int count = routing == MixtureOfExperts::Routing::kSigmoid ? 2 : 1;
+float ExpertRouter::GroupScore(std::span<const float> scores) {
+  const int count = experts_.routing == Routing::kSigmoid ? 2 : 1;
   float sum = 0.0F;
   for (const int index : Best(scores, count)) sum += scores[static_cast<size_t>(index)];
   return sum;
 }
 
-}  // namespace
-
-std::vector<ExpertChoice> RouteToken(const MixtureOfExperts& experts, std::span<float> logits,
-                                     const float* bias) {
-  using Routing = MixtureOfExperts::Routing;
-  KV_CHECK(logits.size() == static_cast<size_t>(experts.experts));
-  if (experts.routing == Routing::kSigmoid) {
+std::span<const ExpertChoice> ExpertRouter::Route(std::span<float> logits, const float* bias) {
+  KV_CHECK(logits.size() == scores_.size());
+  if (experts_.routing == Routing::kSigmoid) {
     for (float& logit : logits) logit = 1.0F / (1.0F + std::exp(-logit));
   } else {
     kernels::Softmax(logits.data(), logits.size());
   }
-  std::vector<float> choice(logits.begin(), logits.end());
+  std::copy(logits.begin(), logits.end(), scores_.begin());
   if (bias != nullptr) {
-    for (size_t i = 0; i < choice.size(); ++i) choice[i] += bias[i];
+    for (size_t i = 0; i < scores_.size(); ++i) scores_[i] += bias[i];
   }
-  if (experts.routing != Routing::kGreedy) {
-    const auto size = static_cast<size_t>(experts.experts / experts.groups);
-    std::vector<float> groups;
-    for (size_t at = 0; at < choice.size(); at += size) {
-      groups.push_back(GroupScore(experts.routing, std::span(choice).subspan(at, size)));
+  if (experts_.routing != Routing::kGreedy) {
+    const size_t size = scores_.size() / groups_.size();
+    for (size_t group = 0; group < groups_.size(); ++group) {
+      groups_[group] = GroupScore(std::span(scores_).subspan(group * size, size));
     }
-    std::vector<bool> open(groups.size(), false);
-    for (const int group : Best(groups, experts.groups_per_token)) {
-      open[static_cast<size_t>(group)] = true;
+    std::fill(open_.begin(), open_.end(), uint8_t{0});
+    for (const int group : Best(groups_, experts_.groups_per_token)) {
+      open_[static_cast<size_t>(group)] = 1;
     }
-    for (size_t i = 0; i < choice.size(); ++i) {
-      if (!open[i / size]) choice[i] = -std::numeric_limits<float>::infinity();
+    for (size_t i = 0; i < scores_.size(); ++i) {
+      if (open_[i / size] == 0) scores_[i] = -std::numeric_limits<float>::infinity();
     }
   }
-  std::vector<int> best = Best(choice, experts.experts_per_token);
+  const std::span<int> best = Best(scores_, experts_.experts_per_token);
   std::sort(best.begin(), best.end());
-  std::vector<ExpertChoice> choices;
+  choices_.clear();
   float sum = 0.0F;
   for (const int expert : best) {
-    choices.push_back({expert, logits[static_cast<size_t>(expert)]});
-    sum += choices.back().weight;
+    choices_.push_back({expert, logits[static_cast<size_t>(expert)]});
+    sum += choices_.back().weight;
   }
   // As transformers: so small an addend that only a sum of zero is saved by it.
-  const float divisor = experts.normalize ? sum + 1e-20F : 1.0F;
-  const auto scale = static_cast<float>(experts.scale);
-  for (ExpertChoice& chosen : choices) chosen.weight = chosen.weight / divisor * scale;
-  return choices;
+  const float divisor = experts_.normalize ? sum + 1e-20F : 1.0F;
+  const auto scale = static_cast<float>(experts_.scale);
+  for (ExpertChoice& chosen : choices_) chosen.weight = chosen.weight / divisor * scale;
+  return choices_;
 }
 
 }  // namespace kvant::node

@@ -19,6 +19,7 @@ kvant_test(decoder_test
   SOURCES support/reference_decoder.cc
   LIBS kvant_test_models
   LABELS unit property)
+kvant_test(data_path_allocations_test LIBS kvant_test_models LABELS unit)
 kvant_test(model_golden_test LIBS kvant_test_models LABELS golden)
 kvant_test(logits_command_test LIBS kvant_test_models LABELS unit golden)
 kvant_test(make_checkpoint_test LIBS kvant_test_models LABELS unit)

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <deque>
 #include <map>
 #include <utility>
 
+#include "transport/ring.h"
 #include "transport/window_table.h"
 
 namespace kvant {
@@ -57,7 +57,7 @@ class LoopbackEndpoint final : public Endpoint {
   std::string peer_;
   LoopbackEndpoint* other_ = nullptr;  // nullptr: closed
   bool closed_ = false;
-  std::deque<Transfer> queue_;
+  Ring<Transfer> queue_;
   size_t done_unpolled_ = 0;  // completed, but not yet reported: they still count as in flight
   LinkCounters counters_;
 };
@@ -205,8 +205,7 @@ size_t LoopbackEndpoint::Submit(std::span<const Transfer> transfers) {
   if (other_ == nullptr) return 0;
   const size_t room = kMaxOutstanding - std::min(kMaxOutstanding, queue_.size() + done_unpolled_);
   const size_t accepted = std::min(room, transfers.size());
-  queue_.insert(queue_.end(), transfers.begin(),
-                transfers.begin() + static_cast<ptrdiff_t>(accepted));
+  for (const Transfer& transfer : transfers.first(accepted)) queue_.push_back(transfer);
   counters_.transfers_submitted += accepted;
   return accepted;
 }
@@ -262,12 +261,11 @@ void LoopbackEndpoint::Progress() {
 void LoopbackEndpoint::EndHere(const Status& why, StatusCode transfers_end_with) {
   if (std::exchange(closed_, true)) return;
   other_ = nullptr;
-  for (const Transfer& transfer : queue_) {
-    Complete(transfer.cookie,
+  for (; !queue_.empty(); queue_.pop_front()) {
+    Complete(queue_.front().cookie,
              Status(transfers_end_with,
                     fmt::format("transferring to {}: the endpoint closed first", peer_)));
   }
-  queue_.clear();
   transport_->Report({.kind = Event::Kind::kClosed, .endpoint = id_, .status = why});
 }
 

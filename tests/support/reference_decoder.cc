@@ -226,8 +226,8 @@ class Oracle {
     const Vector scores = Product(w.router, in);
     std::vector<float> logits(scores.begin(), scores.end());
     Vector out(in.size());
-    for (const node::ExpertChoice& choice :
-         node::RouteToken(config_.experts, logits, w.router_bias)) {
+    node::ExpertRouter router(config_.experts);
+    for (const node::ExpertChoice& choice : router.Route(logits, w.router_bias)) {
       Vector said = Mlp(w.experts[static_cast<size_t>(choice.expert)], in);
       for (double& value : said) value *= static_cast<double>(choice.weight);
       Add(&out, said);
