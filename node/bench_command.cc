@@ -77,14 +77,26 @@ std::vector<kernels::GemmShape> LayerShapes(const ModelConfig& config) {
   return shapes;
 }
 
-// Operations that one query token spends on one token that it attends.
-double AttentionOperations(const ModelConfig& config) {
-  const kernels::LayerShape state = config.StateShape(1);
-  return 2.0 * config.q_heads * (kernels::KeyDim(state) + state.values.head_dim);
-}
-
 double Operations(const kernels::GemmShape& shape) {
   return 2.0 * shape.rows * shape.out_features * shape.in_features;
+}
+
+// What a block of prefill behind `context` tokens costs. Its last layer ends with keys and values.
+double PrefillOperations(const ModelConfig& config, int context) {
+  const kernels::LayerShape state = config.StateShape(1);
+  const int key_dim = kernels::KeyDim(state);
+  double dense = 0;
+  for (const kernels::GemmShape& shape : LayerShapes(config)) dense += Operations(shape);
+  const int kept = state.keys.kv_heads * state.keys.head_dim +
+                   (state.latent ? 1 : state.keys.kv_heads) * state.values.head_dim;
+  double operations = Operations({kBlockTokens, kept, config.hidden});
+  for (int layer = 0; layer + 1 < config.layers; ++layer) {
+    double attended = 0;
+    for (int position = context; position < context + kBlockTokens; ++position)
+      attended += position + 1 - config.FirstVisible(layer, position);
+    operations += dense + 2.0 * config.q_heads * (key_dim + state.values.head_dim) * attended;
+  }
+  return operations;
 }
 
 // What plain sgemm reaches on the products of a layer, in operations a second.
@@ -99,17 +111,23 @@ Result<double> SgemmRate(const ModelConfig& config, kernels::ThreadPool* pool, D
   return operations / seconds;
 }
 
-// Runs `once` for at least this long after one round that is not counted. Seconds of one round.
+// Runs `once` for at least this long, once at least. Seconds of one round.
 template <typename Once>
 Result<double> TimeOf(Duration at_least, const Once& once) {
-  KV_RETURN_IF_ERROR(once());
   const TimePoint started = SteadyClock().Now();
   int rounds = 0;
-  while (SteadyClock().Now() - started < at_least) {
+  do {
     KV_RETURN_IF_ERROR(once());
     ++rounds;
-  }
-  return Seconds(SteadyClock().Now() - started) / std::max(rounds, 1);
+  } while (SteadyClock().Now() - started < at_least);
+  return Seconds(SteadyClock().Now() - started) / rounds;
+}
+
+// The same after one round that is not counted.
+template <typename Once>
+Result<double> WarmTimeOf(Duration at_least, const Once& once) {
+  KV_RETURN_IF_ERROR(once());
+  return TimeOf(at_least, once);
 }
 
 struct NodeBench {
@@ -119,58 +137,112 @@ struct NodeBench {
 };
 
 Result<Json> PrefillRow(const NodeBench& bench, const BlockClass& block_class, Decoder* decoder,
-                        int context, double sgemm_rate) {
-  const ModelConfig& config = bench.model->config();
+                        int context) {
   const std::vector<CachedBlockPtr> blocks = RandomPast(block_class, context);
   BlockPast past(block_class, blocks, block_class.FullCuts(), nullptr);
   const std::vector<int32_t> tokens(kBlockTokens, 1);
   const LayerSink sink = [](int, const float*, const float*) { return OkStatus(); };
   // The logits are left out, as in the prefill of all blocks but a prompt's last tokens.
-  KV_ASSIGN_OR_RETURN(const double seconds, TimeOf(bench.each, [&] {
+  KV_ASSIGN_OR_RETURN(const double seconds, WarmTimeOf(bench.each, [&] {
                         return decoder->Prefill({tokens, context, &past}, sink, nullptr);
                       }));
-  double dense = 0;
-  for (const kernels::GemmShape& shape : LayerShapes(config)) dense += Operations(shape);
-  const double attention =
-      kBlockTokens * (context + kBlockTokens / 2.0) * AttentionOperations(config);
-  // The last layer ends with its keys and values.
-  const double operations = (dense + attention) * (config.layers - 1) +
-                            static_cast<double>(kBlockTokens) * config.hidden *
-                                static_cast<double>(block_class.Bf16BytesPerToken()) /
-                                config.layers;
+  const double operations = PrefillOperations(bench.model->config(), context);
   return Json{{"what", "prefill"},
-              {"codec", block_class.codec().name},
               {"context", context},
-              {"threads", bench.pool->threads()},
               {"tokens_per_s", kBlockTokens / seconds},
-              {"gflop_per_s", operations / seconds / 1e9},
-              {"sgemm_gflop_per_s", sgemm_rate / 1e9}};
+              {"gflop_per_s", operations / seconds / 1e9}};
+}
+
+// Computes the blocks of a prompt, each over those before, and the last token's logits.
+Status ComputePrompt(const BlockClass& block_class, Decoder* decoder,
+                     std::span<const int32_t> tokens, OpenTile* open, float* logits) {
+  std::vector<CachedBlockPtr> blocks;
+  open->Clear();
+  while (true) {
+    BlockPast past(block_class, blocks, block_class.FullCuts(), nullptr);
+    PrefillBlock block;
+    block.position = past.tokens();
+    block.tokens = tokens.subspan(static_cast<size_t>(block.position));
+    block.past = &past;
+    if (block.tokens.size() <= kBlockTokens) return decoder->PrefillTail(block, open, logits);
+    block.tokens = block.tokens.first(kBlockTokens);
+    const auto made =
+        std::make_shared<CachedBlock>(block_class, BlockKey{}, block_class.FullCuts());
+    const LayerSink sink = [&](int layer, const float* keys, const float* values) {
+      block_class.EncodeLayer(layer, keys, values, made->bytes.data(), nullptr);
+      made->MarkReady(layer);
+      return OkStatus();
+    };
+    KV_RETURN_IF_ERROR(decoder->Prefill(block, sink, nullptr));
+    blocks.push_back(made);
+  }
+}
+
+Result<Json> PromptRow(const NodeBench& bench, const BlockClass& block_class, Decoder* decoder,
+                       int length) {
+  const ModelConfig& config = bench.model->config();
+  if (length > config.max_positions) {
+    return InvalidArgument("a prompt of {} tokens: the model has {} positions at most", length,
+                           config.max_positions);
+  }
+  const std::vector<int32_t> prompt(static_cast<size_t>(length), 1);
+  std::vector<float> logits(static_cast<size_t>(config.vocab));
+  OpenTile open(config);
+  const auto compute = [&](std::span<const int32_t> tokens) {
+    return ComputePrompt(block_class, decoder, tokens, &open, logits.data());
+  };
+  // Two blocks make everything warm: all of a long prompt takes a minute.
+  KV_RETURN_IF_ERROR(
+      compute(std::span(prompt).first(std::min<size_t>(prompt.size(), 2 * kBlockTokens))));
+  KV_ASSIGN_OR_RETURN(const double seconds, TimeOf(bench.each, [&] { return compute(prompt); }));
+  double operations = 0;
+  for (int context = 0; context < length; context += kBlockTokens)
+    operations += PrefillOperations(config, context);
+  return Json{{"what", "prompt"},
+              {"context", length},
+              {"tokens_per_s", length / seconds},
+              {"gflop_per_s", operations / seconds / 1e9}};
 }
 
 Result<Json> DecodeRowOf(const NodeBench& bench, const BlockClass& block_class, Decoder* decoder,
-                         int context) {
+                         int context, int sequences) {
   const ModelConfig& config = bench.model->config();
-  const std::vector<CachedBlockPtr> blocks = RandomPast(block_class, context);
-  BlockPast past(block_class, blocks, block_class.FullCuts(), nullptr);
-  OpenTile open(config);
-  std::vector<float> logits(static_cast<size_t>(config.vocab));
-  KV_ASSIGN_OR_RETURN(const double seconds, TimeOf(bench.each, [&] {
-                        open.Clear();
-                        DecodeRow row;
-                        row.position = context;
-                        row.past = &past;
-                        row.open = &open;
-                        decoder->DecodeStep(std::span(&row, 1), logits.data());
-                        return row.status;
+  const auto count = static_cast<size_t>(sequences);
+  std::vector<std::vector<CachedBlockPtr>> blocks;
+  std::vector<BlockPast> pasts;
+  pasts.reserve(count);
+  blocks.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    blocks.push_back(RandomPast(block_class, context));
+    pasts.emplace_back(block_class, blocks.back(), block_class.FullCuts(), nullptr);
+  }
+  std::vector<OpenTile> open(count, OpenTile(config));
+  std::vector<DecodeRow> rows(count);
+  std::vector<float> logits(count * static_cast<size_t>(config.vocab));
+  KV_ASSIGN_OR_RETURN(const double seconds, WarmTimeOf(bench.each, [&] {
+                        for (size_t i = 0; i < count; ++i) {
+                          open[i].Clear();
+                          rows[i].position = context;
+                          rows[i].past = &pasts[i];
+                          rows[i].open = &open[i];
+                        }
+                        decoder->DecodeStep(rows, logits.data());
+                        for (const DecodeRow& row : rows) KV_RETURN_IF_ERROR(row.status);
+                        return OkStatus();
                       }));
-  const double kv_bytes = static_cast<double>(block_class.payload_bytes() * blocks.size());
+  // Of what is attended: layers with a window leave older blocks out.
+  uint64_t attended = 0;
+  for (size_t block = 0; block < blocks[0].size(); ++block) {
+    const Scope scope = block_class.ScopeAttended(block, static_cast<size_t>(context));
+    attended += block_class.BytesOf(Portion(block_class.FullCuts(), scope));
+  }
+  const double kv_bytes = static_cast<double>(attended * count);
   const kernels::Rate read = kernels::MeasureRead(static_cast<size_t>(std::max(kv_bytes, 65536.0)),
                                                   bench.pool, bench.each / 4);
   return Json{{"what", "decode"},
-              {"codec", block_class.codec().name},
               {"context", context},
-              {"threads", bench.pool->threads()},
-              {"tokens_per_s", 1 / seconds},
+              {"sequences", sequences},
+              {"tokens_per_s", sequences / seconds},
               {"kv_gb_per_s", kv_bytes / seconds / 1e9},
               {"read_gb_per_s", read.per_second / 1e9}};
 }
@@ -346,29 +418,42 @@ Result<int> BenchNode(const BenchOptions& options) {
   std::printf("kernels for %s, OpenBLAS core type %s, %d threads\n",
               std::string(kernels::ActiveImplementation().name).c_str(),
               kernels::BlasCoreType().c_str(), pool.threads());
-  std::printf("%-8s %-6s %8s %10s %9s %9s %9s %9s %7s\n", "what", "codec", "context", "tokens/s",
-              "GFLOP/s", "sgemm", "KV GB/s", "read", "ratio");
+  std::printf("%-8s %-6s %8s %4s %10s %9s %9s %7s\n", "what", "codec", "context", "seq", "tokens/s",
+              "rate", "limit", "share");
   Json rows = Json::array();
-  for (const char* name : {"raw", "tile8", "tile4"}) {
+  for (const std::string& name : options.codecs) {
     KV_ASSIGN_OR_RETURN(const kernels::Codec* codec, kernels::FindCodec(name));
     const BlockClass block_class(model.get(), codec, {});
-    for (const int asked : {512, 1024, 4096}) {
+    // Prefill is computed beside sgemm.
+    const auto add = [&](Json row) {
+      row.update({{"codec", name},
+                  {"threads", pool.threads()},
+                  {"kernels", kernels::ActiveImplementation().name}});
+      const bool decodes = row["what"] == "decode";
+      if (!decodes) row["sgemm_gflop_per_s"] = sgemm / 1e9;
+      const auto number = [&](const char* key) { return row.value(key, 0.0); };
+      const double rate = number(decodes ? "kv_gb_per_s" : "gflop_per_s");
+      const double limit = number(decodes ? "read_gb_per_s" : "sgemm_gflop_per_s");
+      std::printf("%-8s %-6s %8d %4d %10.1f %9.2f %9.2f %6.0f%% %s\n",
+                  row["what"].get<std::string>().c_str(), name.c_str(), row["context"].get<int>(),
+                  row.value("sequences", 1), number("tokens_per_s"), rate, limit,
+                  100 * rate / limit, decodes ? "KV GB/s beside reads" : "GFLOP/s beside sgemm");
+      rows.push_back(std::move(row));
+    };
+    for (const int length : options.prompts) {
+      KV_ASSIGN_OR_RETURN(Json prompt, PromptRow(bench, block_class, &decoder, length));
+      add(std::move(prompt));
+    }
+    for (const int asked : options.contexts) {
       // The longest context there is, where the model's is shorter.
       const int longest = (config.max_positions / kBlockTokens - 1) * kBlockTokens;
-      const int context = std::min(asked, longest);
-      KV_ASSIGN_OR_RETURN(Json prefill, PrefillRow(bench, block_class, &decoder, context, sgemm));
-      const double flops = prefill["gflop_per_s"].get<double>();
-      std::printf("%-8s %-6s %8d %10.0f %9.1f %9.1f %9s %9s %6.0f%%\n", "prefill", name, context,
-                  prefill["tokens_per_s"].get<double>(), flops, sgemm / 1e9, "", "",
-                  100 * flops * 1e9 / sgemm);
-      KV_ASSIGN_OR_RETURN(Json decode, DecodeRowOf(bench, block_class, &decoder, context));
-      const double kv = decode["kv_gb_per_s"].get<double>();
-      const double read = decode["read_gb_per_s"].get<double>();
-      std::printf("%-8s %-6s %8d %10.0f %9s %9s %9.2f %9.2f %6.0f%%\n", "decode", name, context,
-                  decode["tokens_per_s"].get<double>(), "", "", kv, read, 100 * kv / read);
-      for (Json* row : {&prefill, &decode}) {
-        (*row)["kernels"] = kernels::ActiveImplementation().name;
-        rows.push_back(*row);
+      const int context = std::min(asked / kBlockTokens * kBlockTokens, longest);
+      KV_ASSIGN_OR_RETURN(Json prefill, PrefillRow(bench, block_class, &decoder, context));
+      add(std::move(prefill));
+      for (const int sequences : options.sequences) {
+        KV_ASSIGN_OR_RETURN(Json decode,
+                            DecodeRowOf(bench, block_class, &decoder, context, sequences));
+        add(std::move(decode));
       }
       if (context == longest) break;
     }

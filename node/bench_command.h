@@ -10,13 +10,20 @@
 namespace kvant::node {
 
 struct BenchOptions {
-  std::string model;  // bench node
-  int threads = 0;    // 0: one a core
+  int threads = 0;  // 0: one a core
   double seconds_per_row = 0.8;
   std::string json;  // file; empty: only the table
-  // bench transport
+
+  // Of bench transport.
   std::vector<std::string> backends;  // empty: all that can be used
   std::vector<uint64_t> sizes_bytes = {4096, 65536, 1048576};
+
+  // Of bench node. Contexts are cut to whole blocks, and to the longest that the model has.
+  std::string model;
+  std::vector<std::string> codecs = {"raw", "tile8", "tile4"};
+  std::vector<int> contexts = {512, 1024, 4096};
+  std::vector<int> sequences = {1};  // that decode at once
+  std::vector<int> prompts;          // tokens of prompts that are computed whole
 };
 
 // Every backend beside a plain loop of its medium. argc, argv: for MPI, when started by mpirun.
@@ -27,6 +34,7 @@ Result<int> BenchService(const BenchOptions& options);
 // beside streaming reads and copies of as many bytes.
 Result<int> BenchKernels(const BenchOptions& options);
 // Prefill beside sgemm of the same shapes, decode beside streaming reads of as many bytes.
+// kInvalidArgument: no such codec, or a prompt that the model is too short for.
 Result<int> BenchNode(const BenchOptions& options);
 
 // Prints the page of a report file; baseline_file: the same requests without cache, may be empty.

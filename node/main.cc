@@ -364,6 +364,20 @@ int Main(int argc, char** argv) {
       ->capture_default_str();
   bench_node->add_option("--model", bench.model, "Hugging Face model directory, or a GGUF file")
       ->required();
+  bench_node->add_option("--codec", bench.codecs, "What is stored and attended")
+      ->delimiter(',')
+      ->capture_default_str();
+  bench_node->add_option("--context", bench.contexts, "Tokens that are attended")
+      ->check(CLI::Range(kBlockTokens, 1 << 20))
+      ->delimiter(',')
+      ->capture_default_str();
+  bench_node->add_option("--sequences", bench.sequences, "How many decode at once")
+      ->check(CLI::Range(1, kMaxDecodeRows))
+      ->delimiter(',')
+      ->capture_default_str();
+  bench_node->add_option("--prompt", bench.prompts, "Also prompts of so many tokens, whole")
+      ->check(CLI::Range(1, 1 << 20))
+      ->delimiter(',');
   for (CLI::App* command : {bench_kernels, bench_node})
     command->add_option("--threads", bench.threads, "Compute threads (default: one a core)");
   KltBenchOptions bench_klt;

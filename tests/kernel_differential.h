@@ -451,7 +451,7 @@ inline Difference AttendTileDifference(FuzzInput* input) {
     return AttendBy(implementation, attending, first,
                     [&](const Implementation& by, const QueryBlock& block) {
                       for (const EncodedTile& tile : tiles)
-                        by.attend_tile(block, tile.tile, attending.visible());
+                        by.attend_tile(block, tile.tile, attending.visible(), nullptr);
                     });
   };
   std::vector<float> found;
