@@ -107,23 +107,24 @@ Result<Rate> MeasurePlainGemm(const GemmShape& shape, ThreadPool* pool, Duration
   });
 }
 
-Rate MeasureLinear(const GemmShape& shape, size_t weight_bytes, ThreadPool* pool,
-                   Duration at_least) {
-  const size_t elements = Product(shape.out_features, shape.in_features);
-  const size_t matrices = std::max<size_t>(1, weight_bytes / (elements * sizeof(uint16_t)));
-  const std::vector<uint16_t> w(elements, ToBf16(0.5F));
+LinearRate MeasureLinear(const GemmShape& shape, WeightForm form, size_t weight_bytes,
+                         ThreadPool* pool, Duration at_least) {
+  const std::vector<float> w = Normals(Product(shape.out_features, shape.in_features), 1);
   std::vector<OrderedWeights> weights;
-  for (size_t i = 0; i < matrices; ++i) {
-    weights.emplace_back(w.data(), shape.out_features, shape.in_features);
-  }
+  double bytes = 0;
+  do {
+    weights.emplace_back(w.data(), shape.out_features, shape.in_features, form);
+    bytes += static_cast<double>(weights.back().bytes());
+  } while (bytes < static_cast<double>(weight_bytes));
   const std::vector<float> x = Normals(Product(shape.rows, shape.in_features), 2);
   std::vector<float> y(Product(shape.rows, shape.out_features));
-  return Repeat(Operations(shape) * static_cast<double>(matrices), at_least, [&] {
-    for (const OrderedWeights& matrix : weights) {
-      const LinearProduct product = {&matrix, x.data(), y.data()};
-      Linear({&product, 1}, shape.rows, pool);
-    }
-  });
+  const double rounds = Repeat(1.0, at_least, [&] {
+                          for (const OrderedWeights& matrix : weights) {
+                            const LinearProduct product = {&matrix, x.data(), y.data()};
+                            Linear({&product, 1}, shape.rows, pool);
+                          }
+                        }).per_second;
+  return {Operations(shape) * static_cast<double>(weights.size()) * rounds, bytes * rounds};
 }
 
 Result<OrderedRates> MeasureOrdered(const GemmShape& shape, int matrices, Duration at_least) {

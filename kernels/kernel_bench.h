@@ -10,6 +10,7 @@
 #include "base/clock.h"
 #include "base/status.h"
 #include "kernels/codec.h"
+#include "kernels/ordered_gemm.h"
 #include "kernels/thread_pool.h"
 
 namespace kvant::kernels {
@@ -35,10 +36,14 @@ struct GemmShape {
   int out_features = 0;
   int in_features = 0;
 };
-// Operations a second (2 * rows * out * in each round) of Linear with weights in bf16; matrices of
-// at least `weight_bytes` are cycled, so that a size beyond the caches measures memory.
-Rate MeasureLinear(const GemmShape& shape, size_t weight_bytes, ThreadPool* pool,
-                   Duration at_least = kBenchTime);
+// Linear with weights of a form, drawn at random; matrices of at least `weight_bytes` are cycled,
+// so that a size beyond the caches measures memory.
+struct LinearRate {
+  double operations = 0.0;    // a second, 2 * rows * out * in each round
+  double weight_bytes = 0.0;  // a second
+};
+LinearRate MeasureLinear(const GemmShape& shape, WeightForm form, size_t weight_bytes,
+                         ThreadPool* pool, Duration at_least = kBenchTime);
 // The same of one plain sgemm for each thread, the output features split evenly. kUnsupported
 // without OpenBLAS.
 Result<Rate> MeasurePlainGemm(const GemmShape& shape, ThreadPool* pool,

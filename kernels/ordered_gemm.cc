@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <new>
 
 #include "base/check.h"
@@ -30,7 +31,7 @@ std::shared_ptr<Element[]> Allocate(size_t count) {
           [](Element* memory) { ::operator delete(memory, kAlignment); }};
 }
 
-// weights[outputs][inputs] in panels.
+// weights[outputs][inputs] in panels. convert(output, weight) makes what is kept.
 template <typename Element, typename Convert, typename From>
 std::shared_ptr<Element[]> Pack(const From* weights, size_t outputs, size_t inputs, bool bf16,
                                 const Convert& convert) {
@@ -47,7 +48,7 @@ std::shared_ptr<Element[]> Pack(const From* weights, size_t outputs, size_t inpu
         const auto place = static_cast<size_t>(OrderedPlace(column, bf16));
         for (size_t k = first; k < end; ++k) {
           to[k * kOrderedPanel + place] =
-              output < outputs ? convert(weights[output * inputs + k]) : Element{};
+              output < outputs ? convert(output, weights[output * inputs + k]) : Element{};
         }
       }
     }
@@ -57,36 +58,89 @@ std::shared_ptr<Element[]> Pack(const From* weights, size_t outputs, size_t inpu
 
 }  // namespace
 
-OrderedWeights::OrderedWeights(const float* weights, int outputs, int inputs)
+OrderedWeights::OrderedWeights(const float* weights, int outputs, int inputs, WeightForm form)
     : outputs_(outputs), inputs_(inputs) {
   KV_CHECK(outputs >= 1 && inputs >= 1);
+  if (form == WeightForm::kInt8) {
+    Quantize(weights, [](float weight) { return weight; });
+    return;
+  }
   const auto count = static_cast<size_t>(outputs);
   const auto width = static_cast<size_t>(inputs);
-  if (AllBf16(weights, count * width)) {
-    bf16_ = Pack<uint16_t>(weights, count, width, true, [](float weight) {
-      return static_cast<uint16_t>(std::bit_cast<uint32_t>(weight) >> 16);
-    });
+  const bool all_bf16 = AllBf16(weights, count * width);
+  if (all_bf16 || form == WeightForm::kBf16) {
+    exact_ = all_bf16;
+    bf16_ = Pack<uint16_t>(weights, count, width, true,
+                           [](size_t, float weight) { return ToBf16(weight); });
   } else {
-    fp32_ = Pack<float>(weights, count, width, false, [](float weight) { return weight; });
+    fp32_ = Pack<float>(weights, count, width, false, [](size_t, float weight) { return weight; });
   }
 }
 
-OrderedWeights::OrderedWeights(const uint16_t* weights, int outputs, int inputs)
+OrderedWeights::OrderedWeights(const uint16_t* weights, int outputs, int inputs, WeightForm form)
     : outputs_(outputs), inputs_(inputs) {
   KV_CHECK(outputs >= 1 && inputs >= 1);
+  if (form == WeightForm::kInt8) {
+    Quantize(weights, FromBf16);
+    return;
+  }
   bf16_ = Pack<uint16_t>(weights, static_cast<size_t>(outputs), static_cast<size_t>(inputs), true,
-                         [](uint16_t weight) { return weight; });
+                         [](size_t, uint16_t weight) { return weight; });
+}
+
+template <typename From, typename Widen>
+void OrderedWeights::Quantize(const From* weights, const Widen& widen) {
+  exact_ = false;
+  const auto width = static_cast<size_t>(inputs_);
+  scales_ = Allocate<float>(padded());
+  std::fill_n(scales_.get(), padded(), 0.0F);
+  for (size_t output = 0; output < static_cast<size_t>(outputs_); ++output) {
+    // Of magnitudes the bits have the same order, in which NaN comes last.
+    uint32_t most = 0;
+    for (size_t k = 0; k < width; ++k) {
+      const auto bits = std::bit_cast<uint32_t>(widen(weights[output * width + k]));
+      most = std::max(most, bits & 0x7FFFFFFFU);
+    }
+    scales_[output] = std::bit_cast<float>(most) / static_cast<float>(kMostCode);
+  }
+  int8_ = Pack<int8_t>(weights, static_cast<size_t>(outputs_), width, false,
+                       [&](size_t output, From weight) -> int8_t {
+                         const float scale = scales_[output];
+                         if (scale == 0.0F || !std::isfinite(scale)) return 0;
+                         // A subnormal scale may be less than a code's share.
+                         const float code =
+                             std::clamp<float>(widen(weight) / scale, -kMostCode, kMostCode);
+                         return static_cast<int8_t>(std::lrint(code));
+                       });
+}
+
+size_t OrderedWeights::padded() const {
+  const auto panel = static_cast<size_t>(kOrderedPanel);
+  return (static_cast<size_t>(outputs_) + panel - 1) / panel * panel;
+}
+
+size_t OrderedWeights::bytes() const {
+  const size_t count = padded() * static_cast<size_t>(inputs_);
+  if (int8_ != nullptr) return count + padded() * sizeof(float);
+  return count * (bf16_ != nullptr ? sizeof(uint16_t) : sizeof(float));
 }
 
 void OrderedWeights::CopyRow(int output, float* to) const {
   KV_DCHECK(output >= 0 && output < outputs_);
   const auto width = static_cast<size_t>(inputs_);
-  const bool bf16 = bf16_ != nullptr;
   const int column = output % kOrderedPanel;
-  size_t from = static_cast<size_t>(output / kOrderedPanel) * width * kOrderedPanel +
-                static_cast<size_t>(OrderedPlace(column, bf16));
-  for (size_t k = 0; k < width; ++k, from += kOrderedPanel) {
-    to[k] = bf16 ? FromBf16(bf16_[from]) : fp32_[from];
+  const size_t first = static_cast<size_t>(output / kOrderedPanel) * width * kOrderedPanel +
+                       static_cast<size_t>(OrderedPlace(column, bf16_ != nullptr));
+  const auto copy = [&](const auto& value_at) {
+    for (size_t k = 0; k < width; ++k) to[k] = value_at(first + k * kOrderedPanel);
+  };
+  if (int8_ != nullptr) {
+    const float scale = scales_[static_cast<size_t>(output)];
+    copy([&](size_t at) { return scale * static_cast<float>(int8_[at]); });
+  } else if (bf16_ != nullptr) {
+    copy([&](size_t at) { return FromBf16(bf16_[at]); });
+  } else {
+    copy([&](size_t at) { return fp32_[at]; });
   }
 }
 
@@ -117,10 +171,12 @@ void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, co
 }
 
 void OrderedMultiply(const OrderedProduct& product) {
+  KV_CHECK(product.weights.int8() == nullptr || product.start == nullptr);
   ActiveImplementation().ordered_multiply(product);
 }
 
 void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x, float* out) {
+  KV_CHECK(weights.int8() == nullptr);
   thread_local std::vector<uint32_t> terms_of;  // [inputs]
   terms_of.assign(static_cast<size_t>(weights.inputs()), 0);
   for (size_t t = 0; t < x.terms(); ++t) ++terms_of[x.inputs()[t]];

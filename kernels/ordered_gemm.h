@@ -8,6 +8,10 @@
 // other rows and how many there are, nor on the thread. Subnormal numbers count as such.
 // REQUIRES: no NaN goes in or comes out (which of its bits remain differs), and the thread neither
 // flushes subnormals nor rounds otherwise than to nearest.
+//
+// Weights of 8 bits are codes, whole numbers of at most kMostCode, of which each output has a
+// scale: its sum is that over x[r][k] and the codes, multiplied by the scale at the end, rounded
+// once more.
 #pragma once
 
 #include <cstddef>
@@ -29,34 +33,61 @@ constexpr int OrderedPlace(int column, bool bf16) {
   return bf16 ? column % kHalf * 2 + column / kHalf : column;
 }
 
+// What weights are kept as.
+//   kExact  bf16 where all of a matrix are bf16 numbers, which changes no bit of a product, else
+//   fp32 kBf16   16 bits, rounded to nearest even kInt8   8 bits: codes of the scale at which an
+//   output's largest weight has the code kMostCode,
+//           rounded to nearest even, so that a weight is off by half a scale at most. Of an output
+//           with weights that are not finite, all that is made is not finite.
+enum class WeightForm : uint8_t { kExact, kBf16, kInt8 };
+inline constexpr int kMostCode = 127;
+
 // A weight matrix in panels. Value; copies share the weights. Immutable, Thread-safe.
 class OrderedWeights {
  public:
   OrderedWeights() = default;
-  // weights: [outputs][inputs], row-major, not needed afterwards. Kept in 16 bits each where all of
-  // them are bf16 numbers, which changes no bit of a product. REQUIRES: outputs, inputs >= 1.
-  OrderedWeights(const float* weights, int outputs, int inputs);
+  // weights: [outputs][inputs], row-major, not needed afterwards. REQUIRES: outputs, inputs >= 1.
+  OrderedWeights(const float* weights, int outputs, int inputs,
+                 WeightForm form = WeightForm::kExact);
   // The same of bf16 numbers.
-  OrderedWeights(const uint16_t* weights, int outputs, int inputs);
+  OrderedWeights(const uint16_t* weights, int outputs, int inputs,
+                 WeightForm form = WeightForm::kExact);
 
   int outputs() const { return outputs_; }
   int inputs() const { return inputs_; }
-  // to[inputs] = the weights of one output, as they were given.
+  // Whether they are kept as they were given.
+  bool exact() const { return exact_; }
+  // Of memory that they take.
+  size_t bytes() const;
+  // to[inputs] = the weights of one output, as they are kept.
   void CopyRow(int output, float* to) const;
-  // [outputs][inputs], row-major, as they were given.
+  // [outputs][inputs], row-major, as they are kept.
   std::vector<float> RowMajor() const;
   // Exactly one of them is set, unless made by default.
   const uint16_t* bf16() const { return bf16_.get(); }
   const float* fp32() const { return fp32_.get(); }
+  const int8_t* int8() const { return int8_.get(); }
+  // Of int8(), each output's, then zeros for the rest of the last panel.
+  const float* scales() const { return scales_.get(); }
 
  private:
+  // Panels, and the padded outputs of all of them.
+  size_t padded() const;
+  template <typename From, typename Widen>
+  void Quantize(const From* weights, const Widen& widen);
+
   int outputs_ = 0;
   int inputs_ = 0;
+  bool exact_ = true;
   std::shared_ptr<uint16_t[]> bf16_;
   std::shared_ptr<float[]> fp32_;
+  std::shared_ptr<int8_t[]> int8_;
+  std::shared_ptr<float[]> scales_;
 };
 
-// out[rows][outputs] = x[rows][inputs] * W^T, begun at bias[outputs] or, with nullptr, at 0.
+// out[rows][outputs] = x[rows][inputs] * W^T, begun at bias[outputs] or, with nullptr, at 0. What a
+// sum begins at would be scaled with it: weights of 8 bits have no bias, and none of the products
+// below that add.
 // REQUIRES: out overlaps neither x nor bias.
 void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, const float* bias,
                      float* out);

@@ -22,16 +22,20 @@ TEST(KernelBenchTest, EveryRateIsPositive) {
   const Result<Rate> plain = MeasurePlainGemm({256, 200, 64}, &pool, kShort);
   ASSERT_TRUE(plain.ok());
   EXPECT_GT(plain->per_second, 1e6);
-  EXPECT_GT(MeasureLinear({2, 100, 64}, 1 << 16, &pool, kShort).per_second, 1e6);
+  for (const WeightForm form : {WeightForm::kExact, WeightForm::kBf16, WeightForm::kInt8}) {
+    const LinearRate linear = MeasureLinear({2, 100, 64}, form, 1 << 16, &pool, kShort);
+    EXPECT_GT(linear.operations, 1e6);
+    EXPECT_GT(linear.weight_bytes, 1e5);
+  }
   for (const int rows : {1, 2, 4, 8, 64}) {
     const GemmShape of = {rows, 2048, 1024};
-    const double linear = MeasureLinear(of, size_t{64} << 20, &pool).per_second;
+    const LinearRate linear = MeasureLinear(of, WeightForm::kBf16, size_t{64} << 20, &pool);
     const Result<Rate> sgemm = MeasurePlainGemm(of, &pool);
     ASSERT_TRUE(sgemm.ok());
     std::printf(
         "linear, %d x 1024 -> 2048, 64 MiB, 2 threads: %.1f GB/s of weights, %.1f GFLOP/s; "
         "sgemm, in the caches, %.1f\n",
-        rows, linear / rows * 1e-9, linear * 1e-9, sgemm->per_second * 1e-9);
+        rows, linear.weight_bytes * 1e-9, linear.operations * 1e-9, sgemm->per_second * 1e-9);
   }
   for (const Codec* codec : Codecs()) {
     const TileRates rates =
