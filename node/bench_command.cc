@@ -239,12 +239,14 @@ Result<Json> DecodeRowOf(const NodeBench& bench, const BlockClass& block_class, 
   const double kv_bytes = static_cast<double>(attended * count);
   const kernels::Rate read = kernels::MeasureRead(static_cast<size_t>(std::max(kv_bytes, 65536.0)),
                                                   bench.pool, bench.each / 4);
-  return Json{{"what", "decode"},
-              {"context", context},
-              {"sequences", sequences},
-              {"tokens_per_s", sequences / seconds},
-              {"kv_gb_per_s", kv_bytes / seconds / 1e9},
-              {"read_gb_per_s", read.per_second / 1e9}};
+  return Json{
+      {"what", "decode"},
+      {"context", context},
+      {"sequences", sequences},
+      {"tokens_per_s", sequences / seconds},
+      {"weights_gb_per_s", static_cast<double>(bench.model->weight_bytes()) / seconds / 1e9},
+      {"kv_gb_per_s", kv_bytes / seconds / 1e9},
+      {"read_gb_per_s", read.per_second / 1e9}};
 }
 
 // What attention is measured with. The first is the model of docs/performance.md, whole; the others
@@ -269,6 +271,37 @@ std::vector<KernelShape> KernelShapes() {
   const kernels::LayerShape latent = {{kBlockTokens, 1, 64}, {kBlockTokens, 1, 512}, true};
   shapes.push_back({"576/512", latent, 16, 8192, 1});
   return shapes;
+}
+
+// Dense layers of decode: weights of each form that come from memory, for one row and for several.
+void BenchLinear(kernels::ThreadPool* pool, Duration each, Json* rows) {
+  constexpr int kWidth = 2048;
+  constexpr size_t kWeightBytes = size_t{256} << 20;
+  const double read = kernels::MeasureRead(kWeightBytes, pool, each).per_second;
+  std::printf("\n%-12s %-6s %9s %6s %8s %9s %9s %7s %9s\n", "kernel", "form", "width", "rows",
+              "threads", "GB/s", "limit", "share", "GFLOP/s");
+  for (const auto form :
+       {kernels::WeightForm::kExact, kernels::WeightForm::kBf16, kernels::WeightForm::kInt8}) {
+    for (const int count : {1, 8}) {
+      const kernels::LinearRate rate =
+          kernels::MeasureLinear({count, kWidth, kWidth}, form, kWeightBytes, pool, each);
+      // Weights drawn at random are no bf16 numbers: exact, they are fp32.
+      const std::string name =
+          form == kernels::WeightForm::kExact ? "fp32" : std::string(WeightFormName(form));
+      std::printf("%-12s %-6s %9d %6d %8d %9.2f %9.2f %6.0f%% %9.1f\n", "linear", name.c_str(),
+                  kWidth, count, pool->threads(), rate.weight_bytes / 1e9, read / 1e9,
+                  100 * rate.weight_bytes / read, rate.operations / 1e9);
+      rows->push_back({{"kernel", "linear"},
+                       {"isa", kernels::ActiveImplementation().name},
+                       {"weights", name},
+                       {"width", kWidth},
+                       {"rows", count},
+                       {"threads", pool->threads()},
+                       {"gb_per_s", rate.weight_bytes / 1e9},
+                       {"read_gb_per_s", read / 1e9},
+                       {"gflop_per_s", rate.operations / 1e9}});
+    }
+  }
 }
 
 }  // namespace
@@ -402,6 +435,11 @@ Result<int> BenchKernels(const BenchOptions& options) {
       }
     }
   }
+  for (const int threads : {1, options.threads > 0 ? options.threads : cores}) {
+    kernels::ThreadPool pool(threads);
+    BenchLinear(&pool, each, &rows);
+    if (threads == cores) break;
+  }
   KV_RETURN_IF_ERROR(WriteRows(options.json, rows));
   return 0;
 }
@@ -410,14 +448,16 @@ Result<int> BenchNode(const BenchOptions& options) {
   KV_RETURN_IF_ERROR(kernels::LoadBlas());
   const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
   kernels::ThreadPool pool(options.threads > 0 ? options.threads : cores);
-  KV_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model, Model::Load(options.model));
+  KV_ASSIGN_OR_RETURN(const kernels::WeightForm form, ParseWeightForm(options.weights));
+  KV_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model, Model::Load(options.model, form));
   const NodeBench bench{model.get(), &pool, ToDuration(options.seconds_per_row)};
   const ModelConfig& config = model->config();
   Decoder decoder(model.get(), &pool);
   KV_ASSIGN_OR_RETURN(const double sgemm, SgemmRate(config, &pool, bench.each / 8));
-  std::printf("kernels for %s, OpenBLAS core type %s, %d threads\n",
+  std::printf("kernels for %s, OpenBLAS core type %s, %d threads, weights %s (%s)\n",
               std::string(kernels::ActiveImplementation().name).c_str(),
-              kernels::BlasCoreType().c_str(), pool.threads());
+              kernels::BlasCoreType().c_str(), pool.threads(), options.weights.c_str(),
+              FormatBytes(static_cast<double>(model->weight_bytes())).c_str());
   std::printf("%-8s %-6s %8s %4s %10s %9s %9s %7s\n", "what", "codec", "context", "seq", "tokens/s",
               "rate", "limit", "share");
   Json rows = Json::array();
@@ -428,6 +468,7 @@ Result<int> BenchNode(const BenchOptions& options) {
     const auto add = [&](Json row) {
       row.update({{"codec", name},
                   {"threads", pool.threads()},
+                  {"weights", options.weights},
                   {"kernels", kernels::ActiveImplementation().name}});
       const bool decodes = row["what"] == "decode";
       if (!decodes) row["sgemm_gflop_per_s"] = sgemm / 1e9;

@@ -20,6 +20,7 @@ struct BenchOptions {
 
   // Of bench node. Contexts are cut to whole blocks, and to the longest that the model has.
   std::string model;
+  std::string weights = "exact";  // WeightFormName
   std::vector<std::string> codecs = {"raw", "tile8", "tile4"};
   std::vector<int> contexts = {512, 1024, 4096};
   std::vector<int> sequences = {1};  // that decode at once
@@ -30,8 +31,8 @@ struct BenchOptions {
 Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv);
 // Lookups, gets and puts at one shard, in this process, over shared memory and tcp.
 Result<int> BenchService(const BenchOptions& options);
-// The kernels by themselves, on one thread and on all: decode attention and tiles of many shapes
-// beside streaming reads and copies of as many bytes.
+// The kernels by themselves, on one thread and on all: decode attention, dense layers and tiles of
+// many shapes beside streaming reads and copies of as many bytes.
 Result<int> BenchKernels(const BenchOptions& options);
 // Prefill beside sgemm of the same shapes, decode beside streaming reads of as many bytes.
 // kInvalidArgument: no such codec, or a prompt that the model is too short for.

@@ -288,7 +288,8 @@ std::vector<BlockKey> BlockClass::Keys(std::span<const int32_t> tokens,
   options.layout.state_kinds = {static_cast<uint8_t>(SegmentKind::kKey),
                                 static_cast<uint8_t>(layout().shape().value_kind())};
   // Prefill attends the whole of what the codec stores, so the codec's name says the cut as well.
-  options.numerics_class = std::string(codec_->name) + "/full" + form().numerics();
+  options.numerics_class =
+      std::string(codec_->name) + "/full" + form().numerics() + model_->numerics();
   const std::vector<uint32_t> ids(tokens.begin(), tokens.end());
   return KeyChain(options).Keys(ids);
 }

@@ -276,13 +276,14 @@ Result<EvalPlan> MakeEvalPlan(const Model* model, const std::vector<std::string>
 
 Result<int> Eval(const EvalOptions& options) {
   KV_ASSIGN_OR_RETURN(const std::filesystem::path place, TextOf(options));
+  KV_ASSIGN_OR_RETURN(const kernels::WeightForm form, ParseWeightForm(options.weights));
   KV_RETURN_IF_ERROR(CheckWritable(options.json));
   KV_RETURN_IF_ERROR(CheckWritable(options.svg));
   KV_RETURN_IF_ERROR(kernels::ChooseImplementation());
   KV_RETURN_IF_ERROR(kernels::LoadBlas());
   const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
   kernels::ThreadPool pool(options.threads > 0 ? options.threads : cores);
-  KV_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model, Model::Load(options.model));
+  KV_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model, Model::Load(options.model, form));
   KV_RETURN_IF_ERROR(CheckSizes(options, model->config()));
   std::shared_ptr<const KltPack> pack;
   if (!options.pack.empty()) {
@@ -317,6 +318,7 @@ Result<int> Eval(const EvalOptions& options) {
 
   EvalSetup setup;
   setup.model = options.model;
+  setup.weights = WeightFormName(form);
   setup.digest = ToHex(model->digest());
   setup.text = place.string();
   setup.prefix = options.prefix;

@@ -16,7 +16,8 @@ namespace kvant::node {
 
 struct EvalOptions {
   std::string model;
-  std::string text;   // file; empty: the model directory's heldout.txt
+  std::string weights = "exact";  // WeightFormName
+  std::string text;               // file; empty: the model directory's heldout.txt
   std::string texts;  // folder with a subfolder of files for each kind, in place of `text`
   std::string pack;   // file of the codec pack for klt; empty: none
   std::vector<std::string> calibration;  // files that coders with tables learn them from

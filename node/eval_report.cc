@@ -285,6 +285,7 @@ EvalSummary Summarize(EvalSetup setup, std::span<const EvalSetting> settings,
 nlohmann::json EvalJson(const EvalSummary& summary) {
   const EvalSetup& setup = summary.setup;
   Json common = {{"model", setup.model},
+                 {"weights", setup.weights},
                  {"model_digest", setup.digest},
                  {"text", setup.text},
                  {"prefix", setup.prefix},
@@ -339,9 +340,9 @@ std::string EvalTable(const EvalSummary& summary) {
   const EvalSetup& setup = summary.setup;
   std::string page = fmt::format(
       "{}: prefix {}, suffix {}, {} windows of {}\n"
-      "OpenBLAS core type {}, kernels {}, {} threads, model {}\n\n",
+      "OpenBLAS core type {}, kernels {}, {} threads, weights {}, model {}\n\n",
       setup.model, setup.prefix, setup.suffix, setup.windows, setup.text, setup.blas_core_type,
-      setup.kernels, setup.threads, setup.digest.substr(0, 16));
+      setup.kernels, setup.threads, setup.weights, setup.digest.substr(0, 16));
   page +=
       "Exact: the prefix computed and read in the class raw (bf16, as every peer stores it), all\n"
       "arithmetic in fp32. read: the same prefix, encoded, and read at the wire's cuts. class: "

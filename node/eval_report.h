@@ -18,9 +18,10 @@ namespace kvant::node {
 
 // What was measured, and on what.
 struct EvalSetup {
-  std::string model;   // name shown
-  std::string digest;  // hexadecimal, of the model
-  std::string text;    // file, or folder with one for each kind
+  std::string model;    // name shown
+  std::string weights;  // WeightFormName
+  std::string digest;   // hexadecimal, of the model
+  std::string text;     // file, or folder with one for each kind
   int prefix = 0;
   int suffix = 0;
   int windows = 0;              // of all kinds

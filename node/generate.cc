@@ -55,7 +55,9 @@ Result<int> Generate(const GenerateOptions& options) {
         {"transport", session->transport_name()},
         {"ttft_ms", Milliseconds(answer.ttft)},
         {"tpot_ms", Milliseconds(answer.tpot)},
-        {"peak_resident_bytes", PeakResidentBytes()}};
+        {"peak_resident_bytes", PeakResidentBytes()},
+        {"weights", options.node.weights},
+        {"weight_bytes", node.model().weight_bytes()}};
     std::puts(result.dump(2, ' ', false, nlohmann::json::error_handler_t::replace).c_str());
   } else {
     std::puts("");

@@ -70,6 +70,7 @@ Result<int> WriteLogits(const LogitsOptions& options) {
   KV_ASSIGN_OR_RETURN(const std::vector<int32_t> tokens, ParseTokens(text));
   NodeOptions node_options;
   node_options.model = options.model;
+  node_options.weights = options.weights;
   node_options.codec = !options.codec.empty()    ? options.codec
                        : options.dtype == "bf16" ? "raw"
                                                  : "raw-fp32";

@@ -10,12 +10,13 @@ namespace kvant::node {
 
 struct LogitsOptions {
   std::string model;
-  std::string tokens;          // "1,2,3"; spaces and line ends separate as well
-  std::string tokens_file;     // the same in a file; used when `tokens` is empty
-  std::string dtype = "fp32";  // of the keys and values that later tokens attend: fp32, bf16
-  std::string codec;           // not empty: the codec that they are kept in, in place of dtype
-  std::string out;             // NPY file: fp32 [tokens][vocab]
-  int threads = 0;             // 0: one for each core this process may use
+  std::string weights = "exact";  // WeightFormName
+  std::string tokens;             // "1,2,3"; spaces and line ends separate as well
+  std::string tokens_file;        // the same in a file; used when `tokens` is empty
+  std::string dtype = "fp32";     // of the keys and values that later tokens attend: fp32, bf16
+  std::string codec;              // not empty: the codec that they are kept in, in place of dtype
+  std::string out;                // NPY file: fp32 [tokens][vocab]
+  int threads = 0;                // 0: one for each core this process may use
 };
 
 // Computes blocks of 64 tokens, each over the encoded blocks before it, as prefill does. Returns

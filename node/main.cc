@@ -80,9 +80,18 @@ CLI::Validator AtLeastNothing() {
           "NUMBER"};
 }
 
+void AddWeights(CLI::App* command, std::string* weights) {
+  command
+      ->add_option("--weights", *weights,
+                   "What products read: exact (bf16 where that loses no bit of a matrix, else "
+                   "fp32), bf16, or int8 with a scale for each output")
+      ->capture_default_str();
+}
+
 void AddNodeOptions(CLI::App* command, NodeOptions* node) {
   command->add_option("--model", node->model, "Hugging Face model directory, or a GGUF file")
       ->required();
+  AddWeights(command, &node->weights);
   command
       ->add_option("--codec", node->codec,
                    "What is stored and attended: raw, raw-fp16, raw-fp32, tile8, tile4")
@@ -155,6 +164,7 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
 void AddEvalOptions(CLI::App* command, EvalOptions* eval) {
   command->add_option("--model", eval->model, "Hugging Face model directory, or a GGUF file")
       ->required();
+  AddWeights(command, &eval->weights);
   command->add_option("--text", eval->text,
                       "Text that the model was not trained on (default: its own heldout.txt)");
   command->add_option("--texts", eval->texts,
@@ -328,6 +338,7 @@ int Main(int argc, char** argv) {
   logits_command
       ->add_option("--model", logits.model, "Hugging Face model directory, or a GGUF file")
       ->required();
+  AddWeights(logits_command, &logits.weights);
   auto* tokens = logits_command->add_option("--tokens", logits.tokens, "Token ids: 1,2,3");
   logits_command->add_option("--tokens-file", logits.tokens_file, "File with the ids")
       ->excludes(tokens);
@@ -364,6 +375,7 @@ int Main(int argc, char** argv) {
       ->capture_default_str();
   bench_node->add_option("--model", bench.model, "Hugging Face model directory, or a GGUF file")
       ->required();
+  AddWeights(bench_node, &bench.weights);
   bench_node->add_option("--codec", bench.codecs, "What is stored and attended")
       ->delimiter(',')
       ->capture_default_str();

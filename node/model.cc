@@ -87,7 +87,8 @@ struct Numbers {
 };
 
 template <typename T>
-kernels::OrderedWeights PackTransposed(const T* from, int outputs, int inputs) {
+kernels::OrderedWeights PackTransposed(const T* from, int outputs, int inputs,
+                                       kernels::WeightForm form) {
   const auto rows = static_cast<size_t>(outputs);
   const auto columns = static_cast<size_t>(inputs);
   std::vector<T> turned(rows * columns);
@@ -96,10 +97,28 @@ kernels::OrderedWeights PackTransposed(const T* from, int outputs, int inputs) {
       turned[column * rows + row] = from[row * columns + column];
     }
   }
-  return {turned.data(), inputs, outputs};
+  return {turned.data(), inputs, outputs, form};
 }
 
+constexpr std::pair<kernels::WeightForm, std::string_view> kWeightForms[] = {
+    {kernels::WeightForm::kExact, "exact"},
+    {kernels::WeightForm::kBf16, "bf16"},
+    {kernels::WeightForm::kInt8, "int8"}};
+
 }  // namespace
+
+std::string_view WeightFormName(kernels::WeightForm form) {
+  return kWeightForms[static_cast<size_t>(form)].second;
+}
+
+Result<kernels::WeightForm> ParseWeightForm(std::string_view name) {
+  std::string known;
+  for (const auto& [form, form_name] : kWeightForms) {
+    if (form_name == name) return form;
+    known += fmt::format("{}{}", known.empty() ? "" : ", ", form_name);
+  }
+  return InvalidArgument("unknown form of weights '{}': use one of {}", name, known);
+}
 
 // Fills a Model's weights from its checkpoint and collects what the digest is made of.
 class Model::Loader {
@@ -109,8 +128,8 @@ class Model::Loader {
   Status Load() {
     const ModelConfig& config = model_.config_;
     const int hidden = config.hidden;
-    KV_RETURN_IF_ERROR(
-        Matrix("model.embed_tokens.weight", config.vocab, hidden, &model_.embedding_));
+    KV_RETURN_IF_ERROR(Matrix("model.embed_tokens.weight", config.vocab, hidden, &model_.embedding_,
+                              config.tied_output ? model_.form_ : kernels::WeightForm::kExact));
     for (int i = 0; i < config.layers; ++i) {
       prefix_ = fmt::format("model.layers.{}.", i);
       LayerWeights& layer = model_.layers_.emplace_back();
@@ -208,10 +227,13 @@ class Model::Loader {
     const auto pack = [&](const auto* all) {
       for (int head = 0; head < heads; ++head) {
         const auto* of_head = all + static_cast<ptrdiff_t>(head) * rows * sizes.kv_rank;
-        latent->key_up.push_back(PackTransposed(of_head, sizes.nope_dim, sizes.kv_rank));
+        latent->key_up.push_back(
+            PackTransposed(of_head, sizes.nope_dim, sizes.kv_rank, model_.form_));
         latent->value_up.emplace_back(
             of_head + static_cast<ptrdiff_t>(sizes.nope_dim) * sizes.kv_rank, sizes.value_dim,
-            sizes.kv_rank);
+            sizes.kv_rank, model_.form_);
+        Count(latent->key_up.back());
+        Count(latent->value_up.back());
       }
     };
     numbers.bf16.empty() ? pack(numbers.fp32.data()) : pack(numbers.bf16.data());
@@ -228,8 +250,8 @@ class Model::Loader {
 
   Status LoadExperts(LayerWeights* layer) {
     const MixtureOfExperts& sizes = model_.config_.experts;
-    KV_RETURN_IF_ERROR(
-        Matrix(prefix_ + "mlp.gate.weight", sizes.experts, model_.config_.hidden, &layer->router));
+    KV_RETURN_IF_ERROR(Matrix(prefix_ + "mlp.gate.weight", sizes.experts, model_.config_.hidden,
+                              &layer->router, kernels::WeightForm::kExact));
     if (sizes.routing == MixtureOfExperts::Routing::kSigmoid) {
       KV_RETURN_IF_ERROR(
           Vector(prefix_ + "mlp.gate.e_score_correction_bias", sizes.experts, &layer->router_bias));
@@ -274,13 +296,23 @@ class Model::Loader {
 
   // A weight matrix [out][in].
   Status Matrix(const std::string& name, int out, int in, kernels::OrderedWeights* weight) {
+    return Matrix(name, out, in, weight, model_.form_);
+  }
+  Status Matrix(const std::string& name, int out, int in, kernels::OrderedWeights* weight,
+                kernels::WeightForm form) {
     const int64_t shape[] = {out, in};
     KV_ASSIGN_OR_RETURN(const Tensor tensor, Take(name, shape));
     const Numbers numbers(tensor);
-    *weight = numbers.bf16.empty() ? kernels::OrderedWeights(numbers.fp32.data(), out, in)
-                                   : kernels::OrderedWeights(numbers.bf16.data(), out, in);
+    *weight = numbers.bf16.empty() ? kernels::OrderedWeights(numbers.fp32.data(), out, in, form)
+                                   : kernels::OrderedWeights(numbers.bf16.data(), out, in, form);
+    Count(*weight);
     model_.weights_->Release(name);
     return OkStatus();
+  }
+
+  void Count(const kernels::OrderedWeights& weights) {
+    model_.weight_bytes_ += weights.bytes();
+    model_.exact_ = model_.exact_ && weights.exact();
   }
 
   Model& model_;
@@ -314,8 +346,10 @@ Status Model::OpenFile(const std::filesystem::path& file) {
   return OkStatus();
 }
 
-Result<std::unique_ptr<Model>> Model::Load(const std::filesystem::path& path) {
+Result<std::unique_ptr<Model>> Model::Load(const std::filesystem::path& path,
+                                           kernels::WeightForm form) {
   std::unique_ptr<Model> model(new Model);
+  model->form_ = form;
   KV_RETURN_IF_ERROR(IsGgufFile(path) ? model->OpenFile(path) : model->OpenDirectory(path));
   KV_RETURN_IF_ERROR(Loader(model.get()).Load());
   const ModelConfig& config = model->config_;
@@ -326,6 +360,10 @@ Result<std::unique_ptr<Model>> Model::Load(const std::filesystem::path& path) {
         config.head_dim, config.local_rope_theta, kernels::RopeScaling{}, config.max_positions);
   }
   return model;
+}
+
+std::string Model::numerics() const {
+  return exact_ ? "" : fmt::format("/weights {}", WeightFormName(form_));
 }
 
 void Model::Embed(int32_t token, float* out) const {

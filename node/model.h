@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "base/status.h"
@@ -61,15 +62,22 @@ struct LayerWeights {
   std::vector<MlpWeights> experts;
 };
 
+// "exact", "bf16", "int8".
+std::string_view WeightFormName(kernels::WeightForm form);
+// kInvalidArgument lists the names.
+Result<kernels::WeightForm> ParseWeightForm(std::string_view name);
+
 // Immutable, Thread-safe; one is shared by all decoders of a process. Matrices are copied from the
-// file into the panels that products read, in bf16 where that loses no bit, in fp32 otherwise;
-// nothing of the file stays in memory for them.
+// file into the panels that products read, in one WeightForm; nothing of the file stays in memory
+// for them. Always exact are what chooses a mixture's experts, and an embedding that is not the
+// output matrix as well: little is read of them.
 class Model {
  public:
   // From a Hugging Face directory (config.json, tokenizer, safetensors) or a GGUF file; touches
   // every byte once for the digest. Errors are those of LoadConfig, Tokenizer::LoadFrom,
   // LoadChatTemplate and Checkpoint, or of OpenGguf.
-  static Result<std::unique_ptr<Model>> Load(const std::filesystem::path& path);
+  static Result<std::unique_ptr<Model>> Load(
+      const std::filesystem::path& path, kernels::WeightForm form = kernels::WeightForm::kExact);
   ~Model();
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
@@ -91,6 +99,12 @@ class Model {
   // every weight's name, type, shape and bytes. The same model has the same digest however it is
   // cut into shards.
   const Digest& digest() const { return digest_; }
+  // The form that matrices were asked in, and the bytes of memory that they take.
+  kernels::WeightForm weight_form() const { return form_; }
+  uint64_t weight_bytes() const { return weight_bytes_; }
+  // What the bytes of a block depend on besides, for its class: empty as long as matrices are what
+  // the file has.
+  std::string numerics() const;
 
  private:
   class Loader;
@@ -111,6 +125,9 @@ class Model {
   kernels::OrderedWeights output_;
   std::vector<std::unique_ptr<float[]>> vectors_;  // that norms and biases point at
   Digest digest_{};
+  kernels::WeightForm form_ = kernels::WeightForm::kExact;
+  uint64_t weight_bytes_ = 0;
+  bool exact_ = true;  // all matrices
 };
 
 }  // namespace kvant::node

@@ -192,6 +192,7 @@ Json NodeRankReport(int rank, Role role, const std::string& host, NodeRuntime& n
           {"threads", node.threads()},
           {"kernels", kernels::ActiveImplementation().name},
           {"peak_resident_bytes", PeakResidentBytes()},
+          {"weight_bytes", blocks.model().weight_bytes()},
           {"scheduler",
            {{"prompt_tokens", scheduler.prompt_tokens},
             {"hit_tokens", scheduler.cached_tokens},
@@ -289,6 +290,7 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
   }
   Json report = {
       {"model", setup.model},
+      {"weights", setup.weights},
       {"codec", setup.codec},
       {"store", setup.store},
       {"wire", setup.wire},
@@ -362,15 +364,17 @@ Result<std::string> FormatReport(const Json& report, const Json* without_cache) 
     const double prompt = number("prompt_tokens");
     const auto share = [prompt](double tokens) { return 100.0 * Ratio(tokens, prompt); };
     const std::string store = report.value("store", "plain");
+    const std::string weights = report.value("weights", "exact");
     const Json max_kl = report.value("max_kl", Json());
     const std::string budget =
         max_kl.is_null() ? "" : fmt::format(" within {:g} nats a token", max_kl.get<double>());
     page += fmt::format(
-        "{} on {} rank{} ({}), {}{} over {}, decode reads {}{}\n\n",
-        report.at("model").get<std::string>(), report.at("ranks").get<int>(),
-        report.at("ranks") == 1 ? "" : "s", report.at("roles").get<std::string>(),
-        report.at("codec").get<std::string>(), store == "plain" ? "" : " stored " + store,
-        report.at("transport").get<std::string>(), report.at("wire").get<std::string>(), budget);
+        "{}{} on {} rank{} ({}), {}{} over {}, decode reads {}{}\n\n",
+        report.at("model").get<std::string>(), weights == "exact" ? "" : " in " + weights,
+        report.at("ranks").get<int>(), report.at("ranks") == 1 ? "" : "s",
+        report.at("roles").get<std::string>(), report.at("codec").get<std::string>(),
+        store == "plain" ? "" : " stored " + store, report.at("transport").get<std::string>(),
+        report.at("wire").get<std::string>(), budget);
     line("requests",
          fmt::format("{:.0f}, {:.0f} failed", number("requests"), number("failed_requests")));
     line("prompt tokens", fmt::format("{:.0f}", prompt));

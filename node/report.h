@@ -29,7 +29,8 @@ nlohmann::json CacheRankReport(int rank, const std::string& host, const ServerSt
 
 // What does not depend on the rank.
 struct RunSetup {
-  std::string model;  // name shown
+  std::string model;              // name shown
+  std::string weights = "exact";  // WeightFormName
   std::string codec;
   std::string store;  // StoredForm::name
   std::string wire;

@@ -157,6 +157,7 @@ Result<int> RunAlone(const RunOptions& options) {
   }
   node.Drain();
   const RunSetup setup{ModelName(options.node.model),
+                       options.node.weights,
                        options.node.codec,
                        options.node.store,
                        std::string(WireOf(options.node)),
@@ -271,6 +272,7 @@ Result<int> RunRank(const RunOptions& options, MpiJob& job) {
   if (job.rank() != 0) return 0;
 
   RunSetup setup{ModelName(options.node.model),
+                 options.node.weights,
                  options.node.codec,
                  options.node.store,
                  std::string(WireOf(options.node)),

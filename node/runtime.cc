@@ -105,6 +105,7 @@ std::string_view WireOf(const NodeOptions& options) {
 Result<std::unique_ptr<NodeRuntime>> NodeRuntime::Create(const NodeOptions& options) {
   std::unique_ptr<NodeRuntime> node(new NodeRuntime);
   node->options_ = options;
+  KV_ASSIGN_OR_RETURN(const kernels::WeightForm form_of_weights, ParseWeightForm(options.weights));
   KV_ASSIGN_OR_RETURN(const kernels::Codec* codec, kernels::FindCodec(options.codec));
   KV_RETURN_IF_ERROR(CheckStoredForm(options.store, *codec));
   if (!options.also.empty()) KV_RETURN_IF_ERROR(CheckStoredForm(options.also, *codec));
@@ -122,7 +123,7 @@ Result<std::unique_ptr<NodeRuntime>> NodeRuntime::Create(const NodeOptions& opti
   const int cores = static_cast<int>(std::max(1U, std::thread::hardware_concurrency()));
   node->pool_ =
       std::make_unique<kernels::ThreadPool>(options.threads > 0 ? options.threads : cores);
-  KV_ASSIGN_OR_RETURN(node->model_, Model::Load(options.model));
+  KV_ASSIGN_OR_RETURN(node->model_, Model::Load(options.model, form_of_weights));
   KV_ASSIGN_OR_RETURN(StoredFormPtr form, MakeForm(options, *node->model_, *codec));
   KV_ASSIGN_OR_RETURN(node->wire_, ParseWireOrCut(WireOf(options), *form));
   node->block_class_ =

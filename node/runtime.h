@@ -32,6 +32,7 @@ inline constexpr std::string_view kDefaultPack = "klt.safetensors";
 // What the flags of `kvant run` and `kvant generate` have in common.
 struct NodeOptions {
   std::string model;
+  std::string weights = "exact";  // WeightFormName
   std::string codec = "tile8";
   std::string store = "plain";   // StoredForm
   std::string pack;              // of --store klt; empty: the model directory's kDefaultPack

@@ -82,6 +82,7 @@ TEST_F(CliErrors, OfTheModel) {
 
 TEST_F(CliErrors, OfFlags) {
   ExpectGenerate({"--codec", "zip"}, 2, {"zip", "tile8"});
+  ExpectGenerate({"--weights", "q4_0"}, 2, {"q4_0", "exact, bf16, int8"});
   ExpectGenerate({"--store", "zip"}, 2, {"zip", "plain", "lossless"});
   ExpectGenerate({"--codec", "tile8", "--store", "lossless"}, 2,
                  {"lossless", "tile8", "--codec raw"});

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <iterator>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "tests/support/program.h"
@@ -48,19 +49,25 @@ TEST(InstructionSets, LogitsAreTheSameToTheBit) {
     options.config = of.config;
     options.type = of.type;
     ASSERT_TRUE(support::WriteRandomModel(model, options).ok());
-    for (const char* codec : {"raw", "tile8", "tile4"}) {
+    constexpr std::pair<const char*, const char*> kForms[] = {{"raw", "exact"},
+                                                              {"tile8", "exact"},
+                                                              {"tile4", "exact"},
+                                                              {"raw", "int8"},
+                                                              {"tile8", "bf16"}};
+    for (const auto& [codec, weights] : kForms) {
       std::string expected;
       for (const char* isa : {"scalar", "avx2", "avx512"}) {
         ASSERT_EQ(setenv("KVANT_ISA", isa, 1), 0);
-        const ProgramResult result =
-            RunProgram({KVANT_PATH, "logits", "--model", model, "--tokens", tokens, "--codec",
-                        codec, "--out", out, "--threads", isa[0] == 's' ? "1" : "2"});
+        const ProgramResult result = RunProgram(
+            {KVANT_PATH, "logits", "--model", model, "--tokens", tokens, "--codec", codec,
+             "--weights", weights, "--out", out, "--threads", isa[0] == 's' ? "1" : "2"});
         unsetenv("KVANT_ISA");
         if (result.errors.find("CPU lacks") != std::string::npos) continue;
         ASSERT_EQ(result.exit, 0) << result.errors;
         const std::string logits = Read(out);
         if (expected.empty()) expected = logits;
-        EXPECT_TRUE(logits == expected) << of.name << ", " << codec << ": " << isa;
+        EXPECT_TRUE(logits == expected)
+            << of.name << ", " << codec << ", weights " << weights << ": " << isa;
       }
     }
   }
