@@ -54,11 +54,10 @@ bool RunsHere() {
 }  // namespace
 
 const Implementation kAvx2 = {
-    "avx2",        RunsHere,        TileEncode,         TileDecode,
-    AttendTileAny, AttendRawTokens, OrderedMultiplyAll, OrderedAddSparse,
-    RmsNormRows,   GateAll<Silu>,   GateAll<GeluTanh>,  SoftmaxAll,
-    RansEncodeAll, RansDecodeWide,  LosslessTops,       LosslessSplit,
-    LosslessMerge,
+    "avx2",          RunsHere,           TileEncode,        TileDecode,    AttendTileAny,
+    AttendRawTokens, OrderedMultiplyAll, OrderedAddSparse,  FactorRowsAll, CodedMultiplyAll,
+    RmsNormRows,     GateAll<Silu>,      GateAll<GeluTanh>, SoftmaxAll,    RansEncodeAll,
+    RansDecodeWide,  LosslessTops,       LosslessSplit,     LosslessMerge,
 };
 
 }  // namespace kvant::kernels

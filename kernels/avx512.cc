@@ -58,10 +58,10 @@ bool RunsHere() {
 }  // namespace
 
 const Implementation kAvx512 = {
-    "avx512",          RunsHere,           TileEncode,       TileDecode,     AttendTileAny,
-    AttendRawTokens,   OrderedMultiplyAll, OrderedAddSparse, RmsNormRows,    GateAll<Silu>,
-    GateAll<GeluTanh>, SoftmaxAll,         RansEncodeWide,   RansDecodeWide, LosslessTops,
-    LosslessSplit,     LosslessMerge,
+    "avx512",        RunsHere,           TileEncode,        TileDecode,    AttendTileAny,
+    AttendRawTokens, OrderedMultiplyAll, OrderedAddSparse,  FactorRowsAll, CodedMultiplyAll,
+    RmsNormRows,     GateAll<Silu>,      GateAll<GeluTanh>, SoftmaxAll,    RansEncodeWide,
+    RansDecodeWide,  LosslessTops,       LosslessSplit,     LosslessMerge,
 };
 
 }  // namespace kvant::kernels

@@ -32,6 +32,9 @@ struct Implementation {
   // As ordered_gemm.h says.
   void (*ordered_multiply)(const OrderedProduct&);
   void (*ordered_add_sparse)(const OrderedWeights&, const SparseRows& x, float* out);
+  // x[rows][inputs] as whole numbers, and a product of such.
+  void (*factor_rows)(const float* x, int rows, int inputs, const CodedRows& to);
+  void (*coded_multiply)(const CodedProduct&);
   void (*rms_norm)(const float* x, const float* weight, int rows, int width, float epsilon,
                    float* out);
   void (*silu_multiply)(float* gate, const float* up, size_t count);

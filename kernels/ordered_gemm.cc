@@ -8,6 +8,7 @@
 #include "base/check.h"
 #include "kernels/float_formats.h"
 #include "kernels/implementation.h"
+#include "kernels/tile_format.h"
 
 namespace kvant::kernels {
 namespace {
@@ -31,7 +32,7 @@ std::shared_ptr<Element[]> Allocate(size_t count) {
           [](Element* memory) { ::operator delete(memory, kAlignment); }};
 }
 
-// weights[outputs][inputs] in panels. convert(output, weight) makes what is kept.
+// weights[outputs][inputs] in panels.
 template <typename Element, typename Convert, typename From>
 std::shared_ptr<Element[]> Pack(const From* weights, size_t outputs, size_t inputs, bool bf16,
                                 const Convert& convert) {
@@ -48,7 +49,7 @@ std::shared_ptr<Element[]> Pack(const From* weights, size_t outputs, size_t inpu
         const auto place = static_cast<size_t>(OrderedPlace(column, bf16));
         for (size_t k = first; k < end; ++k) {
           to[k * kOrderedPanel + place] =
-              output < outputs ? convert(output, weights[output * inputs + k]) : Element{};
+              output < outputs ? convert(weights[output * inputs + k]) : Element{};
         }
       }
     }
@@ -70,10 +71,10 @@ OrderedWeights::OrderedWeights(const float* weights, int outputs, int inputs, We
   const bool all_bf16 = AllBf16(weights, count * width);
   if (all_bf16 || form == WeightForm::kBf16) {
     exact_ = all_bf16;
-    bf16_ = Pack<uint16_t>(weights, count, width, true,
-                           [](size_t, float weight) { return ToBf16(weight); });
+    bf16_ =
+        Pack<uint16_t>(weights, count, width, true, [](float weight) { return ToBf16(weight); });
   } else {
-    fp32_ = Pack<float>(weights, count, width, false, [](size_t, float weight) { return weight; });
+    fp32_ = Pack<float>(weights, count, width, false, [](float weight) { return weight; });
   }
 }
 
@@ -85,33 +86,38 @@ OrderedWeights::OrderedWeights(const uint16_t* weights, int outputs, int inputs,
     return;
   }
   bf16_ = Pack<uint16_t>(weights, static_cast<size_t>(outputs), static_cast<size_t>(inputs), true,
-                         [](size_t, uint16_t weight) { return weight; });
+                         [](uint16_t weight) { return weight; });
+}
+
+size_t OrderedWeights::CodeAt(size_t output, size_t input) const {
+  const size_t quad = output / kOrderedPanel * static_cast<size_t>(quads()) + input / kQuad;
+  return (quad * kOrderedPanel + output % kOrderedPanel) * kQuad + input % kQuad;
 }
 
 template <typename From, typename Widen>
 void OrderedWeights::Quantize(const From* weights, const Widen& widen) {
   exact_ = false;
   const auto width = static_cast<size_t>(inputs_);
+  const size_t count = padded() * static_cast<size_t>(quads()) * kQuad;
   scales_ = Allocate<float>(padded());
+  codes_ = Allocate<uint8_t>(count);
   std::fill_n(scales_.get(), padded(), 0.0F);
+  std::fill_n(codes_.get(), count, static_cast<uint8_t>(kCodeOfZero));
   for (size_t output = 0; output < static_cast<size_t>(outputs_); ++output) {
+    const From* row = weights + output * width;
     // Of magnitudes the bits have the same order, in which NaN comes last.
     uint32_t most = 0;
+    for (size_t k = 0; k < width; ++k)
+      most = std::max(most, std::bit_cast<uint32_t>(widen(row[k])) & 0x7FFFFFFFU);
+    const float scale = std::bit_cast<float>(most) / static_cast<float>(kMostCode);
+    scales_[output] = scale;
+    if (scale == 0.0F || !std::isfinite(scale)) continue;
     for (size_t k = 0; k < width; ++k) {
-      const auto bits = std::bit_cast<uint32_t>(widen(weights[output * width + k]));
-      most = std::max(most, bits & 0x7FFFFFFFU);
+      // A subnormal scale may be less than a code's share.
+      const float code = std::clamp<float>(widen(row[k]) / scale, -kMostCode, kMostCode);
+      codes_[CodeAt(output, k)] = static_cast<uint8_t>(kCodeOfZero + std::lrint(code));
     }
-    scales_[output] = std::bit_cast<float>(most) / static_cast<float>(kMostCode);
   }
-  int8_ = Pack<int8_t>(weights, static_cast<size_t>(outputs_), width, false,
-                       [&](size_t output, From weight) -> int8_t {
-                         const float scale = scales_[output];
-                         if (scale == 0.0F || !std::isfinite(scale)) return 0;
-                         // A subnormal scale may be less than a code's share.
-                         const float code =
-                             std::clamp<float>(widen(weight) / scale, -kMostCode, kMostCode);
-                         return static_cast<int8_t>(std::lrint(code));
-                       });
 }
 
 size_t OrderedWeights::padded() const {
@@ -120,27 +126,28 @@ size_t OrderedWeights::padded() const {
 }
 
 size_t OrderedWeights::bytes() const {
-  const size_t count = padded() * static_cast<size_t>(inputs_);
-  if (int8_ != nullptr) return count + padded() * sizeof(float);
-  return count * (bf16_ != nullptr ? sizeof(uint16_t) : sizeof(float));
+  if (codes_ != nullptr) return padded() * (static_cast<size_t>(quads()) * kQuad + sizeof(float));
+  return padded() * static_cast<size_t>(inputs_) *
+         (bf16_ != nullptr ? sizeof(uint16_t) : sizeof(float));
 }
 
 void OrderedWeights::CopyRow(int output, float* to) const {
   KV_DCHECK(output >= 0 && output < outputs_);
   const auto width = static_cast<size_t>(inputs_);
-  const int column = output % kOrderedPanel;
-  const size_t first = static_cast<size_t>(output / kOrderedPanel) * width * kOrderedPanel +
-                       static_cast<size_t>(OrderedPlace(column, bf16_ != nullptr));
-  const auto copy = [&](const auto& value_at) {
-    for (size_t k = 0; k < width; ++k) to[k] = value_at(first + k * kOrderedPanel);
-  };
-  if (int8_ != nullptr) {
+  if (codes_ != nullptr) {
     const float scale = scales_[static_cast<size_t>(output)];
-    copy([&](size_t at) { return scale * static_cast<float>(int8_[at]); });
-  } else if (bf16_ != nullptr) {
-    copy([&](size_t at) { return FromBf16(bf16_[at]); });
-  } else {
-    copy([&](size_t at) { return fp32_[at]; });
+    for (size_t k = 0; k < width; ++k) {
+      const int code = codes_[CodeAt(static_cast<size_t>(output), k)] - kCodeOfZero;
+      to[k] = scale * static_cast<float>(code);
+    }
+    return;
+  }
+  const bool bf16 = bf16_ != nullptr;
+  const int column = output % kOrderedPanel;
+  size_t from = static_cast<size_t>(output / kOrderedPanel) * width * kOrderedPanel +
+                static_cast<size_t>(OrderedPlace(column, bf16));
+  for (size_t k = 0; k < width; ++k, from += kOrderedPanel) {
+    to[k] = bf16 ? FromBf16(bf16_[from]) : fp32_[from];
   }
 }
 
@@ -171,12 +178,39 @@ void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, co
 }
 
 void OrderedMultiply(const OrderedProduct& product) {
-  KV_CHECK(product.weights.int8() == nullptr || product.start == nullptr);
-  ActiveImplementation().ordered_multiply(product);
+  if (product.weights.codes() != nullptr) {
+    CodedMultiply(ActiveImplementation(), product);
+  } else {
+    ActiveImplementation().ordered_multiply(product);
+  }
+}
+
+void CodedMultiply(const Implementation& kernels, const OrderedProduct& product) {
+  const OrderedWeights& weights = product.weights;
+  KV_CHECK(product.start == nullptr && product.inputs == weights.inputs());
+  const auto rows = static_cast<size_t>(product.rows);
+  // Factors are written 16 at a time.
+  const size_t stride = (static_cast<size_t>(product.inputs) + 15) / 16 * 16;
+  thread_local std::vector<int16_t> factors;  // [rows][stride]
+  thread_local std::vector<float> of_rows;    // units, then sums
+  factors.resize(std::max(factors.size(), rows * stride));
+  of_rows.resize(std::max(of_rows.size(), 2 * rows));
+  const CodedRows in{factors.data(), stride, of_rows.data(), of_rows.data() + rows};
+  kernels.factor_rows(product.x, product.rows, product.inputs, in);
+  const auto first = static_cast<size_t>(product.first_output);
+  const size_t row_codes = static_cast<size_t>(weights.quads()) * kQuad;
+  kernels.coded_multiply({.codes = weights.codes() + first * row_codes,
+                          .scales = weights.scales() + first,
+                          .quads = weights.quads(),
+                          .outputs = product.end_output - product.first_output,
+                          .in = in,
+                          .rows = product.rows,
+                          .out = product.out + first,
+                          .out_stride = static_cast<size_t>(weights.outputs())});
 }
 
 void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x, float* out) {
-  KV_CHECK(weights.int8() == nullptr);
+  KV_CHECK(weights.codes() == nullptr);
   thread_local std::vector<uint32_t> terms_of;  // [inputs]
   terms_of.assign(static_cast<size_t>(weights.inputs()), 0);
   for (size_t t = 0; t < x.terms(); ++t) ++terms_of[x.inputs()[t]];

@@ -9,9 +9,12 @@
 // REQUIRES: no NaN goes in or comes out (which of its bits remain differs), and the thread neither
 // flushes subnormals nor rounds otherwise than to nearest.
 //
-// Weights of 8 bits are codes, whole numbers of at most kMostCode, of which each output has a
-// scale: its sum is that over x[r][k] and the codes, multiplied by the scale at the end, rounded
-// once more.
+// Weights of 8 bits are codes, whole numbers of at most kMostCode times the scale of their output.
+// A row becomes whole numbers as well, of 15 bits, times a unit of its own, so that products and
+// sums are exact over 512 inputs at a time (quad_dot.h); these sums are added in ascending order,
+// and what comes out is multiplied by the unit and then by the scale. x is off by at most half a
+// unit, 1/32512 of the row's largest, that is less than the weights in all but a few sums; a row
+// whose largest is below 2^-100 counts as zeros. The bits depend on as little as those above.
 #pragma once
 
 #include <cstddef>
@@ -41,6 +44,7 @@ constexpr int OrderedPlace(int column, bool bf16) {
 //           with weights that are not finite, all that is made is not finite.
 enum class WeightForm : uint8_t { kExact, kBf16, kInt8 };
 inline constexpr int kMostCode = 127;
+inline constexpr int kCodeOfZero = 128;
 
 // A weight matrix in panels. Value; copies share the weights. Immutable, Thread-safe.
 class OrderedWeights {
@@ -66,13 +70,15 @@ class OrderedWeights {
   // Exactly one of them is set, unless made by default.
   const uint16_t* bf16() const { return bf16_.get(); }
   const float* fp32() const { return fp32_.get(); }
-  const int8_t* int8() const { return int8_.get(); }
-  // Of int8(), each output's, then zeros for the rest of the last panel.
+  // [panel][quads()][kOrderedPanel][4 inputs], each code with kCodeOfZero added.
+  const uint8_t* codes() const { return codes_.get(); }
+  // Of codes(), each output's, then zeros for the rest of the last panel.
   const float* scales() const { return scales_.get(); }
+  int quads() const { return (inputs_ + 3) / 4; }
 
  private:
-  // Panels, and the padded outputs of all of them.
-  size_t padded() const;
+  size_t padded() const;  // outputs of all panels
+  size_t CodeAt(size_t output, size_t input) const;
   template <typename From, typename Widen>
   void Quantize(const From* weights, const Widen& widen);
 
@@ -81,7 +87,7 @@ class OrderedWeights {
   bool exact_ = true;
   std::shared_ptr<uint16_t[]> bf16_;
   std::shared_ptr<float[]> fp32_;
-  std::shared_ptr<int8_t[]> int8_;
+  std::shared_ptr<uint8_t[]> codes_;
   std::shared_ptr<float[]> scales_;
 };
 
@@ -153,5 +159,27 @@ struct OrderedProduct {
   float* out = nullptr;  // [rows][weights.outputs()]
 };
 void OrderedMultiply(const OrderedProduct& product);
+
+// Rows as whole numbers.
+struct CodedRows {
+  int16_t* factors = nullptr;  // [rows][stride]; of a row's inputs, then of up to 15 more
+  size_t stride = 0;
+  float* unit = nullptr;  // [rows], what a factor of 1 stands for
+  float* sum = nullptr;   // [rows], of all of a row's factors
+};
+// A product with weights of 8 bits as an implementation takes it.
+struct CodedProduct {
+  const uint8_t* codes = nullptr;  // from the first panel that is set on
+  const float* scales = nullptr;   // likewise
+  int quads = 0;
+  int outputs = 0;  // that are set
+  CodedRows in;
+  int rows = 0;
+  float* out = nullptr;  // likewise, [rows][out_stride]
+  size_t out_stride = 0;
+};
+struct Implementation;
+// An OrderedMultiply with weights of 8 bits. REQUIRES: the product has no start and all inputs.
+void CodedMultiply(const Implementation& kernels, const OrderedProduct& product);
 
 }  // namespace kvant::kernels

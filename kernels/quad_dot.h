@@ -14,13 +14,18 @@ inline constexpr int kLargestFactor = 127 * 128;
 // once; sums of so many are added in ascending order.
 inline constexpr int kQuadChunk = 128;
 
+// Outputs whose codes stand side by side wherever they do.
+inline constexpr int kQuadBlock = 32;
+
 // out[v][i] = sum over q and j of codes[q][4 i + j] * factors[v][4 q + j]. The same bits on every
 // instruction set, whatever vectors are beside one.
 struct QuadDot {
-  const uint8_t* codes = nullptr;  // [quads][code_stride], of which 4 * width are read
+  // Of each block of outputs: [quads][code_stride], of which four for each output are read.
+  const uint8_t* codes = nullptr;
   size_t code_stride = 0;
-  int quads = 0;                     // >= 1
-  int width = 0;                     // a multiple of 8
+  size_t block_stride = size_t{4} * kQuadBlock;  // between blocks; this: all of them side by side
+  int quads = 0;                                 // >= 1
+  int width = 0;                                 // a multiple of 8
   const int16_t* factors = nullptr;  // [vectors][factor_stride], 4 * quads of them; |f| <= kLargest
   size_t factor_stride = 0;
   int vectors = 0;

@@ -23,10 +23,10 @@ namespace {
 }  // namespace
 
 const Implementation kScalar = {
-    "scalar",          [] { return true; }, TileEncode,       TileDecode,    AttendTileAny,
-    AttendRawTokens,   OrderedMultiplyAll,  OrderedAddSparse, RmsNormRows,   GateAll<Silu>,
-    GateAll<GeluTanh>, SoftmaxAll,          RansEncodeAll,    RansDecodeAll, LosslessTops,
-    LosslessSplit,     LosslessMerge,
+    "scalar",        [] { return true; }, TileEncode,        TileDecode,    AttendTileAny,
+    AttendRawTokens, OrderedMultiplyAll,  OrderedAddSparse,  FactorRowsAll, CodedMultiplyAll,
+    RmsNormRows,     GateAll<Silu>,       GateAll<GeluTanh>, SoftmaxAll,    RansEncodeAll,
+    RansDecodeAll,   LosslessTops,        LosslessSplit,     LosslessMerge,
 };
 
 }  // namespace kvant::kernels

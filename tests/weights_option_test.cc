@@ -58,8 +58,8 @@ TEST_F(WeightsOption, MatricesTakeTheBytesOfTheirForm) {
   EXPECT_EQ(exact->weight_bytes(), 2 * bf16->weight_bytes());
   EXPECT_GT(int8->weight_bytes(), bf16->weight_bytes() / 2) << "codes and scales";
   EXPECT_LT(int8->weight_bytes(), bf16->weight_bytes() * 3 / 5);
-  EXPECT_NE(int8->layer(0).query.int8(), nullptr);
-  EXPECT_NE(int8->output().int8(), nullptr);
+  EXPECT_NE(int8->layer(0).query.codes(), nullptr);
+  EXPECT_NE(int8->output().codes(), nullptr);
   EXPECT_EQ(int8->digest(), exact->digest()) << "it is of the checkpoint";
 }
 
@@ -68,18 +68,18 @@ TEST_F(WeightsOption, WhatLittleIsReadOfStaysExact) {
   untied.tied_output = false;
   const auto apart = Load(Write("untied", DataType::kBf16, untied), WeightForm::kInt8);
   EXPECT_TRUE(apart->embedding().exact());
-  EXPECT_NE(apart->output().int8(), nullptr);
+  EXPECT_NE(apart->output().codes(), nullptr);
 
   ModelConfig tied = support::TinyConfig();
   tied.tied_output = true;
   const auto one = Load(Write("tied", DataType::kBf16, tied), WeightForm::kInt8);
-  EXPECT_EQ(one->embedding().int8(), one->output().int8());
+  EXPECT_EQ(one->embedding().codes(), one->output().codes());
 
   const auto mixture =
       Load(Write("mixture", DataType::kBf16, support::TinyLatentConfig()), WeightForm::kInt8);
   EXPECT_TRUE(mixture->layer(1).router.exact());
-  EXPECT_NE(mixture->layer(1).experts[0].down.int8(), nullptr);
-  EXPECT_NE(mixture->layer(1).latent.key_up[0].int8(), nullptr);
+  EXPECT_NE(mixture->layer(1).experts[0].down.codes(), nullptr);
+  EXPECT_NE(mixture->layer(1).latent.key_up[0].codes(), nullptr);
 }
 
 TEST_F(WeightsOption, KeysDifferWhereNumbersDo) {
