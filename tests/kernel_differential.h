@@ -173,15 +173,10 @@ inline Difference TileEncodeDifference(FuzzInput* input) {
   const std::vector<float> x = TakeNumbers(input, Elements(segment)).x;
   EncodedSegment encoded;
   const auto encode = [&](const Implementation& implementation) {
-    encoded.cuts = codec.cuts(kind);
-    MutableSegmentRanges ranges;
-    for (int cut = 0; cut < encoded.cuts; ++cut) {
-      std::vector<std::byte>& bytes = encoded.bytes[static_cast<size_t>(cut)];
-      bytes.assign(codec.range_bytes(kind, segment, cut), std::byte{0xAA});
-      ranges.range[cut] = bytes.data();
-    }
-    implementation.tile_encode(*FormatOf(codec), kind, segment, x.data(), ranges,
-                               encoded.max_error.data());
+    encoded =
+        EncodeBy(codec, kind, segment, [&](const MutableSegmentRanges& ranges, float* max_error) {
+          implementation.tile_encode(*FormatOf(codec), kind, segment, x.data(), ranges, max_error);
+        });
     return Concatenated(encoded);
   };
   std::vector<float> reference;

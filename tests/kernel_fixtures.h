@@ -36,8 +36,10 @@ inline size_t Elements(const SegmentShape& shape) {
          static_cast<size_t>(shape.head_dim);
 }
 
-inline EncodedSegment Encode(const Codec& codec, SegmentKind kind, const SegmentShape& shape,
-                             const float* x) {
+// encode(ranges, max_error) writes the segment.
+template <typename EncodeRanges>
+EncodedSegment EncodeBy(const Codec& codec, SegmentKind kind, const SegmentShape& shape,
+                        const EncodeRanges& encode) {
   EncodedSegment segment;
   segment.cuts = codec.cuts(kind);
   MutableSegmentRanges ranges;
@@ -46,8 +48,15 @@ inline EncodedSegment Encode(const Codec& codec, SegmentKind kind, const Segment
     bytes.assign(codec.range_bytes(kind, shape, cut), std::byte{0xAA});
     ranges.range[cut] = bytes.data();
   }
-  codec.encode(kind, shape, x, ranges, segment.max_error.data());
+  encode(ranges, segment.max_error.data());
   return segment;
+}
+
+inline EncodedSegment Encode(const Codec& codec, SegmentKind kind, const SegmentShape& shape,
+                             const float* x) {
+  return EncodeBy(codec, kind, shape, [&](const MutableSegmentRanges& ranges, float* max_error) {
+    codec.encode(kind, shape, x, ranges, max_error);
+  });
 }
 
 inline std::vector<float> Decode(const Codec& codec, SegmentKind kind, const SegmentShape& shape,
