@@ -14,6 +14,14 @@ find_library(RAPIDCHECK_LIBRARY rapidcheck REQUIRED)
 kvant_test(arena_test LIBS kvant_transport ${RAPIDCHECK_LIBRARY} LABELS unit property TIMEOUT 60)
 target_include_directories(arena_test SYSTEM PRIVATE ${RAPIDCHECK_INCLUDE})
 
+if(KV_HAVE_VERBS)
+  kvant_test(verbs_wire_test LIBS kvant_transport LABELS unit TIMEOUT 60)
+  # Needs an RDMA device, which the machine that scripts/verbs-vm starts has.
+  add_executable(transport_verbs_test transport_verbs_test.cc transport_suite.cc transport_peer.cc)
+  target_link_libraries(transport_verbs_test PRIVATE kvant_transport GTest::gtest GTest::gtest_main)
+  kvant_build_fast(transport_verbs_test)
+endif()
+
 if(KV_HAVE_MPI)
   # Two ranks, on however many cores; has a main() of its own.
   set(transport_mpi_sources transport_mpi_test.cc transport_suite.cc transport_peer.cc)

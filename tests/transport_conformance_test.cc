@@ -11,26 +11,6 @@
 namespace kvant::test {
 namespace {
 
-class LocalRig : public Rig {
- public:
-  LocalRig(std::unique_ptr<Transport> ours, std::unique_ptr<Transport> theirs,
-           std::string_view listen)
-      : ours_(std::move(ours)), theirs_(std::move(theirs)), agent_(theirs_.get()) {
-    auto address = theirs_->Listen(listen);
-    EXPECT_TRUE(address.ok()) << address.status().ToString();
-    address_ = *address;
-  }
-  Transport& transport() override { return *ours_; }
-  std::string agent_address() override { return address_; }
-  void StepAgent() override { agent_.Step(); }
-
- private:
-  std::unique_ptr<Transport> ours_;
-  std::unique_ptr<Transport> theirs_;
-  Agent agent_;
-  std::string address_;
-};
-
 std::unique_ptr<Rig> MakeLoopback() {
   LoopbackHub hub;
   return std::make_unique<LocalRig>(hub.MakeTransport(), hub.MakeTransport(), "loopback:agent");

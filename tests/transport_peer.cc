@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <csignal>
+#include <cstdlib>
 
 #include "base/check.h"
 #include "base/clock.h"
@@ -14,7 +15,6 @@ namespace kvant::test {
 namespace {
 
 constexpr uint64_t kArenaBytes = uint64_t{64} << 20;
-constexpr Duration kPatience = std::chrono::seconds(10);
 
 uint64_t Mix(uint64_t value) {
   value ^= value >> 33;
@@ -23,6 +23,11 @@ uint64_t Mix(uint64_t value) {
 }
 
 }  // namespace
+
+Duration Patience() {
+  const char* given = std::getenv("KVANT_TEST_PATIENCE");
+  return std::chrono::seconds(given != nullptr ? std::max(1, std::atoi(given)) : 10);
+}
 
 void FillPattern(std::span<std::byte> bytes, uint64_t seed) {
   for (size_t i = 0; i < bytes.size(); ++i) {
@@ -198,7 +203,7 @@ void AgentProcess::Kill() {
 
 bool PollUntil(Transport* transport, std::vector<Event>* events,
                const std::function<bool()>& done) {
-  const TimePoint deadline = SteadyClock().Now() + kPatience;
+  const TimePoint deadline = SteadyClock().Now() + Patience();
   while (!done()) {
     if (SteadyClock().Now() > deadline) return false;
     const size_t before = events->size();
@@ -216,7 +221,7 @@ const Event* FindEvent(const std::vector<Event>& events, Event::Kind kind) {
 
 void ExpectDeathCompletesEverything(Transport* transport, AgentProcess* peer) {
   auto arena = *RegisteredArena::Create(transport, {.bytes = 16 << 20});
-  Endpoint* endpoint = *transport->Connect(peer->address(), kPatience);
+  Endpoint* endpoint = *transport->Connect(peer->address(), Patience());
   const EndpointId id = endpoint->id();
   std::vector<Event> events;
   const auto await = [&](Event::Kind kind) {
@@ -266,7 +271,7 @@ void TransportSuite::TearDown() {
 }
 
 bool TransportSuite::Pump(const std::function<bool()>& done) {
-  const TimePoint deadline = SteadyClock().Now() + kPatience;
+  const TimePoint deadline = SteadyClock().Now() + Patience();
   // `done` may take what it finds, so it is asked once a turn.
   while (!done()) {
     if (SteadyClock().Now() > deadline) return false;
@@ -284,7 +289,7 @@ void TransportSuite::Idle(Duration time) {
 }
 
 Endpoint* TransportSuite::Connect() {
-  auto endpoint = transport().Connect(rig_->agent_address(), std::chrono::seconds(5));
+  auto endpoint = transport().Connect(rig_->agent_address(), Patience());
   EXPECT_TRUE(endpoint.ok()) << endpoint.status().ToString();
   if (!endpoint.ok()) return nullptr;
   const EndpointId id = (*endpoint)->id();

@@ -120,8 +120,11 @@ class AgentProcess {
   std::string address_;
 };
 
-// Polls until the predicate holds, for 10 s; whether it did. It may take what it finds: asked once
-// a turn.
+// How long a test waits for what must come: 10 s, or KVANT_TEST_PATIENCE seconds, for a slow
+// machine.
+Duration Patience();
+// Polls until the predicate holds, for as long; whether it did. It may take what it finds: asked
+// once a turn.
 bool PollUntil(Transport* transport, std::vector<Event>* events, const std::function<bool()>& done);
 // The first of a kind, or nullptr.
 const Event* FindEvent(const std::vector<Event>& events, Event::Kind kind);
@@ -138,6 +141,27 @@ class Rig {
   virtual void StepAgent() {}
 };
 
+// Both ends in this process.
+class LocalRig : public Rig {
+ public:
+  LocalRig(std::unique_ptr<Transport> ours, std::unique_ptr<Transport> theirs,
+           std::string_view listen)
+      : ours_(std::move(ours)), theirs_(std::move(theirs)), agent_(theirs_.get()) {
+    auto address = theirs_->Listen(listen);
+    EXPECT_TRUE(address.ok()) << address.status().ToString();
+    address_ = *address;
+  }
+  Transport& transport() override { return *ours_; }
+  std::string agent_address() override { return address_; }
+  void StepAgent() override { agent_.Step(); }
+
+ private:
+  std::unique_ptr<Transport> ours_;
+  std::unique_ptr<Transport> theirs_;
+  Agent agent_;
+  std::string address_;
+};
+
 struct RigMaker {
   std::string name;
   std::function<std::unique_ptr<Rig>()> make;
@@ -151,7 +175,7 @@ class TransportSuite : public ::testing::TestWithParam<RigMaker> {
   void TearDown() override;
 
   Transport& transport() { return rig_->transport(); }
-  // Polls, collects events, until `done` or 10 s passed; whether it is done.
+  // Polls, collects events, until `done` or Patience() passed; whether it is done.
   bool Pump(const std::function<bool()>& done);
   // Polls for a while, for what must not happen.
   void Idle(Duration time = std::chrono::milliseconds(30));

@@ -5,7 +5,10 @@
 namespace kvant {
 namespace {
 
-constexpr std::array<TransportBackend, 4> kBackends = {{
+constexpr std::array<TransportBackend, 5> kBackends = {{
+    {.name = "verbs",
+     .unavailable = [](const TransportOptions& options) { return VerbsUnavailable(options.verbs); },
+     .make = [](const TransportOptions& options) { return MakeVerbsTransport(options.verbs); }},
     {.name = "mpi",
      .unavailable = [](const TransportOptions& options) -> std::optional<std::string> {
        if (options.mpi != nullptr) return std::nullopt;

@@ -13,6 +13,7 @@
 #include "transport/mpi.h"
 #include "transport/tcp.h"
 #include "transport/transport.h"
+#include "transport/verbs.h"
 
 namespace kvant {
 
@@ -20,6 +21,7 @@ namespace kvant {
 struct TransportOptions {
   TcpOptions tcp{};
   ShmOptions shm{};
+  VerbsOptions verbs{};
   bool tcp_alone = false;           // peers of this host over tcp as well
   LoopbackHub* loopback = nullptr;  // nullptr: loopback cannot be used
   MpiSession* mpi = nullptr;        // nullptr: mpi cannot be used

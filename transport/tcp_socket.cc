@@ -48,20 +48,21 @@ Socket::~Socket() {
   if (fd_ >= 0) close(fd_);
 }
 
-Result<HostPort> ParseAddress(std::string_view address) {
-  constexpr std::string_view kScheme = "tcp://";
+Result<HostPort> ParseAddress(std::string_view address, std::string_view scheme) {
+  const size_t host = scheme.size() + 3;
   const size_t colon = address.rfind(':');
   HostPort parsed;
-  if (address.starts_with(kScheme) && colon != std::string_view::npos && colon > kScheme.size()) {
+  if (address.starts_with(scheme) && address.substr(scheme.size()).starts_with("://") &&
+      colon != std::string_view::npos && colon > host) {
     const std::string_view port = address.substr(colon + 1);
     const auto [end, error] = std::from_chars(port.begin(), port.end(), parsed.port);
-    parsed.host = address.substr(kScheme.size(), colon - kScheme.size());
+    parsed.host = address.substr(host, colon - host);
     if (error == std::errc() && end == port.end() && parsed.host.find('/') == std::string::npos) {
       return parsed;
     }
   }
-  return InvalidArgument(
-      "reading the address '{}': give tcp://HOST:PORT, e.g. tcp://127.0.0.1:7070", address);
+  return InvalidArgument("reading the address '{}': give {}://HOST:PORT, e.g. {}://127.0.0.1:7070",
+                         address, scheme, scheme);
 }
 
 Result<in_addr> Resolve(const std::string& host) {
@@ -87,13 +88,13 @@ std::string ToText(in_addr address) {
   return text.data();
 }
 
-std::string PeerAddress(const Socket& socket) {
+std::string PeerAddress(const Socket& socket, std::string_view scheme) {
   sockaddr_in full{};
   socklen_t length = sizeof(full);
   if (getpeername(socket.fd(), reinterpret_cast<sockaddr*>(&full), &length) != 0) {
-    return "tcp://unknown";
+    return fmt::format("{}://unknown", scheme);
   }
-  return fmt::format("tcp://{}:{}", ToText(full.sin_addr), ntohs(full.sin_port));
+  return fmt::format("{}://{}:{}", scheme, ToText(full.sin_addr), ntohs(full.sin_port));
 }
 
 Result<Socket> ListenOn(in_addr address, uint16_t port, int backlog) {

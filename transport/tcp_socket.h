@@ -35,13 +35,13 @@ struct HostPort {
   std::string host;
   uint16_t port = 0;
 };
-// "tcp://HOST:PORT". kInvalidArgument says what is wrong with it.
-Result<HostPort> ParseAddress(std::string_view address);
+// "SCHEME://HOST:PORT". kInvalidArgument says what is wrong with it.
+Result<HostPort> ParseAddress(std::string_view address, std::string_view scheme = "tcp");
 // Looks a name up; a dotted IPv4 address needs no name server. kUnavailable: no such host.
 Result<in_addr> Resolve(const std::string& host);
 std::string ToText(in_addr address);
-// The peer's "tcp://A.B.C.D:PORT".
-std::string PeerAddress(const Socket& socket);
+// The peer's "SCHEME://A.B.C.D:PORT".
+std::string PeerAddress(const Socket& socket, std::string_view scheme = "tcp");
 
 // Non-blocking, close-on-exec. Listens; `port` 0 takes any free one.
 Result<Socket> ListenOn(in_addr address, uint16_t port, int backlog);

@@ -93,7 +93,7 @@ struct LinkCounters {
 };
 
 struct Capabilities {
-  std::string_view name;         // "loopback", "mpi", "shm", "tcp"
+  std::string_view name;         // "loopback", "mpi", "shm", "tcp", "verbs"
   size_t max_message_bytes = 0;  // Send refuses more
   size_t max_outstanding = 0;    // transfers in flight on one endpoint; Submit refuses more
   uint64_t max_transfer_bytes = 0;

@@ -431,6 +431,16 @@ Status BenchShm(const TransportBenchOptions& options, std::vector<TransportBench
                       rows);
 }
 
+#ifdef KVANT_HAVE_VERBS
+Status BenchVerbs(const TransportBenchOptions& options, std::vector<TransportBenchRow>* rows) {
+  KV_ASSIGN_OR_RETURN(const auto ours, MakeVerbsTransport({}));
+  KV_ASSIGN_OR_RETURN(const auto theirs, MakeVerbsTransport({}));
+  KV_ASSIGN_OR_RETURN(const auto plain, MakePlainVerbsAsker(ArenaBytes(options)));
+  return BenchThreads("verbs", options, ours.get(), theirs.get(), "verbs://127.0.0.1:0",
+                      plain.get(), nullptr, {}, rows);
+}
+#endif
+
 #ifdef KVANT_HAVE_MPI
 Status BenchMpi(const TransportBenchOptions& options, std::vector<TransportBenchRow>* rows) {
   KV_ASSIGN_OR_RETURN(const auto transport, options.mpi->MakeTransport());
@@ -468,9 +478,9 @@ Result<std::vector<TransportBenchRow>> RunTransportBench(const TransportBenchOpt
            std::count(options.backends.begin(), options.backends.end(), std::string(name)) > 0;
   };
   for (const std::string& name : options.backends) {
-    if (name != "loopback" && name != "shm" && name != "tcp" && name != "mpi") {
+    if (name != "loopback" && name != "shm" && name != "tcp" && name != "mpi" && name != "verbs") {
       return InvalidArgument(
-          "the transport bench: no backend '{}'; there are loopback, shm, tcp, mpi", name);
+          "the transport bench: no backend '{}'; there are loopback, shm, tcp, mpi, verbs", name);
     }
   }
   const bool ranks = options.mpi != nullptr && options.mpi->size() >= 2;
@@ -478,10 +488,17 @@ Result<std::vector<TransportBenchRow>> RunTransportBench(const TransportBenchOpt
     return MakeStatus(StatusCode::kUnsupported,
                       "the transport bench: mpi needs two ranks; start it with mpirun -np 2");
   }
+  const std::optional<std::string> no_device = VerbsUnavailable({});
+  if (!options.backends.empty() && wanted("verbs") && no_device) {
+    return MakeStatus(StatusCode::kUnsupported, "the transport bench: {}", *no_device);
+  }
   const bool first = options.mpi == nullptr || options.mpi->rank() == 0;
   if (first && wanted("loopback")) KV_RETURN_IF_ERROR(bench::BenchLoopback(options, &rows));
   if (first && wanted("shm")) KV_RETURN_IF_ERROR(bench::BenchShm(options, &rows));
   if (first && wanted("tcp")) KV_RETURN_IF_ERROR(bench::BenchTcp(options, &rows));
+#ifdef KVANT_HAVE_VERBS
+  if (first && !no_device && wanted("verbs")) KV_RETURN_IF_ERROR(bench::BenchVerbs(options, &rows));
+#endif
     // The other ranks wait here meanwhile, without using the cores.
 #ifdef KVANT_HAVE_MPI
   if (ranks && wanted("mpi")) KV_RETURN_IF_ERROR(bench::BenchMpi(options, &rows));

@@ -94,6 +94,11 @@ std::unique_ptr<Asker> MakePlainMpiAsker(const MpiState* state);
 std::unique_ptr<Server> MakePlainMpiServer(const MpiState* state);
 #endif
 
+#ifdef KVANT_HAVE_VERBS
+// The plain loop over the RDMA device, in memory of that many bytes.
+Result<std::unique_ptr<Asker>> MakePlainVerbsAsker(uint64_t bytes);
+#endif
+
 // The plain loop over one TCP connection.
 std::unique_ptr<Asker> MakePlainTcpAsker(int fd);
 std::unique_ptr<Server> MakePlainTcpServer(int fd);
