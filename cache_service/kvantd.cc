@@ -54,7 +54,8 @@ int Run(const Flags& flags) {
   if (const auto plan = PlanStore(*memory, *block); !plan.ok()) {
     return Complain(InvalidArgument("--memory {}: {}", flags.memory, plan.status().message()));
   }
-  Result<std::unique_ptr<Transport>> transport = MakeTransport("tcp", {.tcp_alone = flags.no_shm});
+  Result<std::unique_ptr<Transport>> transport =
+      MakeTransport(TransportNameOf(flags.listen), {.tcp_alone = flags.no_shm});
   if (!transport.ok()) return Complain(transport.status());
   const Result<std::string> address = (*transport)->Listen(flags.listen);
   if (!address.ok()) {
@@ -88,7 +89,8 @@ int Main(int argc, char** argv) {
       "Prints one line on stdout when it is ready, logs on stderr, ends on SIGTERM or SIGINT."};
   app.set_version_flag("--version", "kvantd " KVANT_VERSION);
   app.add_option("--listen", flags.listen,
-                 "Address to serve on; nodes must spell it the same way. Port 0 takes a free one.")
+                 "Address to serve on, tcp://HOST:PORT, or verbs://HOST:PORT where there is an RDMA "
+                 "device; nodes must spell it the same way. Port 0 takes a free one.")
       ->capture_default_str();
   app.add_option("--memory", flags.memory,
                  "Most memory for blocks, manifests and index together, e.g. 512MiB, 4GiB.")

@@ -39,12 +39,17 @@ Result<ShardMap> StaticShardMap(std::string_view comma_separated_addresses) {
           "tcp://127.0.0.1:7070, separated by commas",
           comma_separated_addresses);
     }
-    if (!address.starts_with("tcp://") ||
+    if ((!address.starts_with("tcp://") && !address.starts_with("verbs://")) ||
         address.find_first_of(" \t\n") != std::string_view::npos) {
       return InvalidArgument(
           "'{}' is not a shard's address; expected something like tcp://127.0.0.1:7070 (one on "
-          "this host is reached over shared memory by itself)",
+          "this host is reached over shared memory by itself) or verbs://HOST:7070",
           address);
+    }
+    if (!shards.empty() && address[0] != shards[0].address[0]) {
+      return InvalidArgument(
+          "the list of shards '{}' mixes tcp:// and verbs://; a node has one transport to all",
+          comma_separated_addresses);
     }
     shards.push_back({std::string(address)});
   }

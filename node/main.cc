@@ -258,11 +258,12 @@ int Main(int argc, char** argv) {
                           "Ranks of each role, e.g. cache=2,prefill=1,decode=1 (under mpirun)");
   run_command
       ->add_option("--transport", run.transport,
-                   "Between ranks of mpirun: mpi, tcp, shm (and tcp between hosts) or auto")
+                   "Between ranks of mpirun: mpi, tcp, shm (and tcp between hosts), verbs or auto")
       ->capture_default_str();
-  run_command->add_option("--cache", run.cache,
-                          "kvantd shards: tcp://HOST:PORT,... (default: in this process, or the "
-                          "cache ranks under mpirun)");
+  run_command->add_option(
+      "--cache", run.cache,
+      "kvantd shards: tcp://HOST:PORT,... or verbs://... (default: in this process, or the "
+      "cache ranks under mpirun)");
   run_command->add_flag("--no-cache", run.no_cache, "Compute every prompt whole");
   AddBytes(run_command, "--cache-memory", &run.cache_memory_bytes,
            "Of each shard that this run hosts (default 512MiB)");
@@ -297,8 +298,9 @@ int Main(int argc, char** argv) {
       ->capture_default_str();
   generate_command->add_option("--stop", generate.request.stop, "Text that ends the answer");
   generate_command->add_option("--tenant", generate.request.tenant, "Whose blocks these are");
-  generate_command->add_option("--cache", generate.cache,
-                               "kvantd shards: tcp://HOST:PORT,... (default: in this process)");
+  generate_command->add_option(
+      "--cache", generate.cache,
+      "kvantd shards: tcp://HOST:PORT,... or verbs://... (default: in this process)");
   generate_command->add_flag("--no-cache", generate.no_cache, "Compute the prompt whole");
   AddBytes(generate_command, "--cache-memory", &generate.cache_memory_bytes,
            "Of the shard in this process (default 512MiB)");
@@ -362,14 +364,17 @@ int Main(int argc, char** argv) {
       "service", "Lookups, gets and puts at one shard, in the process, over shm and tcp");
   CLI::App* bench_node =
       bench_command->add_subcommand("node", "Prefill beside sgemm, decode beside plain reads");
-  for (CLI::App* command : {bench_transport, bench_service, bench_kernels, bench_node}) {
+  CLI::App* bench_verbs =
+      bench_command->add_subcommand("verbs", "The verbs backend alone, beside plain RDMA");
+  for (CLI::App* command :
+       {bench_transport, bench_verbs, bench_service, bench_kernels, bench_node}) {
     command->add_option("--json", bench.json, "File that the rows go to");
     command->add_option("--seconds", bench.seconds_per_row, "Time for each row")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
   }
   bench_transport->add_option("--backend", bench.backends,
-                              "loopback, shm, tcp or mpi (default: all that can be used)");
+                              "loopback, shm, tcp, verbs or mpi (default: all that can be used)");
   bench_transport->add_option("--bytes", bench.sizes_bytes, "Sizes of transfers")
       ->check(CLI::Range(uint64_t{1}, uint64_t{64} << 20))
       ->capture_default_str();
@@ -440,7 +445,9 @@ int Main(int argc, char** argv) {
   if (report_command->parsed()) return ExitWith(ShowReport(report_in, baseline_in));
   if (bench_service->parsed()) return ExitWith(BenchService(bench));
   if (bench_kernels->parsed()) return ExitWith(BenchKernels(bench));
-  if (bench_transport->parsed()) return ExitWith(BenchTransport(bench, &argc, &argv));
+  if (bench_verbs->parsed()) bench.backends = {"verbs"};
+  if (bench_transport->parsed() || bench_verbs->parsed())
+    return ExitWith(BenchTransport(bench, &argc, &argv));
   return ExitWith(BenchNode(bench));
 }
 

@@ -74,10 +74,11 @@ Status MpiJob::OpenTransports(const std::string& transport, std::string* address
   TransportOptions options;
   options.mpi = session_.get();
   options.tcp_alone = transport == "tcp";
-  const bool mpi = transport == "mpi";
-  KV_ASSIGN_OR_RETURN(tier_transport_, MakeTransport(mpi ? "mpi" : "tcp", options));
-  KV_ASSIGN_OR_RETURN(node_transport_, MakeTransport(mpi ? "mpi" : "tcp", options));
-  const std::string any = mpi ? "mpi:" : "tcp://0.0.0.0:0";
+  // Over shm is how tcp reaches peers of this host.
+  const std::string name = transport == "shm" ? "tcp" : transport;
+  KV_ASSIGN_OR_RETURN(tier_transport_, MakeTransport(name, options));
+  KV_ASSIGN_OR_RETURN(node_transport_, MakeTransport(name, options));
+  const std::string any = name == "mpi" ? "mpi:" : name + "://0.0.0.0:0";
   KV_ASSIGN_OR_RETURN(const std::string tier, tier_transport_->Listen(any));
   KV_ASSIGN_OR_RETURN(const std::string nodes, node_transport_->Listen(any));
   *addresses = Json{{"host", host()}, {"tier", tier}, {"nodes", nodes}}.dump();
@@ -85,15 +86,25 @@ Status MpiJob::OpenTransports(const std::string& transport, std::string* address
 }
 
 Status MpiJob::CheckTransport(const std::string& transport) {
-  for (const char* known : {"auto", "mpi", "tcp", "shm"}) {
+  for (const char* known : {"auto", "mpi", "tcp", "shm", "verbs"}) {
     if (transport == known) return OkStatus();
   }
-  return InvalidArgument("--transport {}: between ranks use mpi, tcp, shm or auto", transport);
+  return InvalidArgument("--transport {}: between ranks use mpi, tcp, shm, verbs or auto", transport);
+}
+
+std::string MpiJob::BestTransport() {
+  // One rank without a device is enough for all to take another way.
+  for (const std::string& why_not : Gather(VerbsUnavailable({}).value_or(""))) {
+    if (why_not.empty()) continue;
+    if (rank() == 0) spdlog::info("{}; using mpi", why_not);
+    return "mpi";
+  }
+  return "verbs";
 }
 
 Status MpiJob::Connect(const std::string& transport, const RolePlan& plan) {
   KV_RETURN_IF_ERROR(CheckTransport(transport));
-  const std::string chosen = transport == "auto" ? "mpi" : transport;
+  const std::string chosen = transport == "auto" ? BestTransport() : transport;
   std::string own;
   KV_RETURN_IF_ERROR(AgreeOn(OpenTransports(chosen, &own)));
   std::set<std::string> hosts;

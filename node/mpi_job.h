@@ -70,6 +70,8 @@ class MpiJob {
  private:
   explicit MpiJob(std::unique_ptr<MpiSession> session) : session_(std::move(session)) {}
   bool coordinator() const;
+  // Collective: verbs where every rank has a device for it, else mpi.
+  std::string BestTransport();
   Status OpenTransports(const std::string& transport, std::string* addresses);
   Status ConnectNodes(const RolePlan& plan);
   // Sends until it left; kDeadlineExceeded.

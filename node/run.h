@@ -17,7 +17,7 @@ struct RunOptions {
   std::string report;   // file; empty: not written
   std::string cache;    // addresses of kvantd, comma separated; empty: ranks, or this process
   std::string roles;    // "cache=2,prefill=1,decode=1"; empty: chosen by the number of ranks
-  std::string transport = "auto";                     // between ranks: mpi, tcp, shm, auto
+  std::string transport = "auto";                     // between ranks: mpi, tcp, shm, verbs, auto
   uint64_t cache_memory_bytes = uint64_t{512} << 20;  // of each shard that this run hosts
   bool no_cache = false;                              // compute every prompt whole
   std::string reference;                              // answers to compare with, files; empty: none

@@ -68,4 +68,8 @@ Result<std::unique_ptr<Transport>> MakeTransport(std::string_view name,
   return InvalidArgument("making a transport named '{}': there are {}", name, Names());
 }
 
+std::string_view TransportNameOf(std::string_view address) {
+  return address.starts_with("verbs://") ? "verbs" : "tcp";
+}
+
 }  // namespace kvant

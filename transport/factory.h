@@ -42,4 +42,7 @@ std::span<const TransportBackend> TransportBackends();
 Result<std::unique_ptr<Transport>> MakeTransport(std::string_view name,
                                                  const TransportOptions& options);
 
+// Who serves such an address of a shard: "verbs" of "verbs://...", else "tcp".
+std::string_view TransportNameOf(std::string_view address);
+
 }  // namespace kvant
