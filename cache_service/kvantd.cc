@@ -88,9 +88,10 @@ int Main(int argc, char** argv) {
       "TEXT\n"
       "Prints one line on stdout when it is ready, logs on stderr, ends on SIGTERM or SIGINT."};
   app.set_version_flag("--version", "kvantd " KVANT_VERSION);
-  app.add_option("--listen", flags.listen,
-                 "Address to serve on, tcp://HOST:PORT, or verbs://HOST:PORT where there is an RDMA "
-                 "device; nodes must spell it the same way. Port 0 takes a free one.")
+  app.add_option(
+         "--listen", flags.listen,
+         "Address to serve on, tcp://HOST:PORT, or verbs://HOST:PORT where there is an RDMA "
+         "device; nodes must spell it the same way. Port 0 takes a free one.")
       ->capture_default_str();
   app.add_option("--memory", flags.memory,
                  "Most memory for blocks, manifests and index together, e.g. 512MiB, 4GiB.")

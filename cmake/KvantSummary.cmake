@@ -2,5 +2,5 @@ message(STATUS "kvant ${PROJECT_VERSION}: ${CMAKE_BUILD_TYPE}, sanitizers: '${KV
 message(STATUS "  transport loopback: yes")
 message(STATUS "  transport tcp:      yes (libzmq ${ZMQ_VERSION})")
 message(STATUS "  transport mpi:      ${KV_HAVE_MPI} (KV_MPI=${KV_MPI}, MPI ${MPI_C_VERSION})")
-message(STATUS "  libibverbs headers: ${KV_HAVE_VERBS} (KV_VERBS=${KV_VERBS}; the verbs backend is not built yet)")
+message(STATUS "  transport verbs:    ${KV_HAVE_VERBS} (KV_VERBS=${KV_VERBS}; OFF without libibverbs-dev)")
 message(STATUS "  tests: ${KV_TESTS}, fuzzers: ${KV_FUZZ}")

@@ -375,9 +375,12 @@ int Main(int argc, char** argv) {
   }
   bench_transport->add_option("--backend", bench.backends,
                               "loopback, shm, tcp, verbs or mpi (default: all that can be used)");
-  bench_transport->add_option("--bytes", bench.sizes_bytes, "Sizes of transfers")
-      ->check(CLI::Range(uint64_t{1}, uint64_t{64} << 20))
-      ->capture_default_str();
+  for (CLI::App* command : {bench_transport, bench_verbs}) {
+    command->add_option("--bytes", bench.sizes_bytes, "Sizes of transfers")
+        ->delimiter(',')
+        ->check(CLI::Range(uint64_t{1}, uint64_t{1} << 30))
+        ->capture_default_str();
+  }
   bench_node->add_option("--model", bench.model, "Hugging Face model directory, or a GGUF file")
       ->required();
   AddWeights(bench_node, &bench.weights);

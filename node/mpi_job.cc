@@ -89,7 +89,8 @@ Status MpiJob::CheckTransport(const std::string& transport) {
   for (const char* known : {"auto", "mpi", "tcp", "shm", "verbs"}) {
     if (transport == known) return OkStatus();
   }
-  return InvalidArgument("--transport {}: between ranks use mpi, tcp, shm, verbs or auto", transport);
+  return InvalidArgument("--transport {}: between ranks use mpi, tcp, shm, verbs or auto",
+                         transport);
 }
 
 std::string MpiJob::BestTransport() {

@@ -28,7 +28,8 @@ Result<std::unique_ptr<TierSession>> TierSession::Open(const NodeOptions& option
   }
   KV_ASSIGN_OR_RETURN(session->node_, NodeRuntime::Create(node_options));
   if (map.has_value()) {
-    KV_ASSIGN_OR_RETURN(session->remote_, MakeTransport(TransportNameOf(cache), {.tcp_alone = options.no_shm}));
+    KV_ASSIGN_OR_RETURN(session->remote_,
+                        MakeTransport(TransportNameOf(cache), {.tcp_alone = options.no_shm}));
     KV_RETURN_IF_ERROR(
         session->node_->ConnectTier(session->remote_.get(), *std::move(map), kConnectWait));
   } else if (!no_cache) {

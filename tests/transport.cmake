@@ -20,6 +20,11 @@ if(KV_HAVE_VERBS)
   add_executable(transport_verbs_test transport_verbs_test.cc transport_suite.cc transport_peer.cc)
   target_link_libraries(transport_verbs_test PRIVATE kvant_transport GTest::gtest GTest::gtest_main)
   kvant_build_fast(transport_verbs_test)
+  if(NOT KV_SANITIZE)
+    add_test(NAME verbs_vm COMMAND ${CMAKE_SOURCE_DIR}/scripts/verbs-vm --short --no-build
+      --build-dir ${CMAKE_BINARY_DIR})
+    set_tests_properties(verbs_vm PROPERTIES TIMEOUT 700 LABELS vm RUN_SERIAL TRUE)
+  endif()
 endif()
 
 if(KV_HAVE_MPI)

@@ -78,14 +78,22 @@ class Patience {
  public:
   void Found() { empty_ = 0; }
   // Whether to sleep now. Before that, gives way to whoever else has work: with few cores that is
-  // the thread that this one is waiting for.
+  // the thread that this one is waiting for. On a machine that is slow the while is
+  // kvantd's.
   bool Sleep() {
-    if (++empty_ > 16) sched_yield();
-    return empty_ > 1000;
+    if (++empty_ <= kSpins) return false;
+    if (empty_ == kSpins + 1) sleep_after_ = SteadyClock().Now() + kYieldFor;
+    if (empty_ > kYields || SteadyClock().Now() > sleep_after_) return true;
+    sched_yield();
+    return false;
   }
 
  private:
+  static constexpr uint32_t kSpins = 16;
+  static constexpr uint32_t kYields = 1000;
+  static constexpr Duration kYieldFor = std::chrono::microseconds(200);
   uint32_t empty_ = 0;
+  TimePoint sleep_after_{};
 };
 
 #ifdef KVANT_HAVE_MPI

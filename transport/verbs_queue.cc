@@ -9,10 +9,10 @@
 namespace kvant::verbs {
 namespace {
 
-// An acknowledgement is waited for 4.096 us * 2^16 = 268 ms, seven times, so a host that is gone is
-// noticed within about 2 s, and one that was only slow for less is not taken for dead. (7 retries
-// would be for ever on soft-RoCE.)
-constexpr uint8_t kAckTimeout = 16;
+// An acknowledgement is waited for 4.096 us * 2^15 = 134 ms, seven times, so a host that is gone is
+// noticed within about a second, and one that was only slow for less is not taken for dead. (7
+// retries would be for ever on soft-RoCE.)
+constexpr uint8_t kAckTimeout = 15;
 constexpr uint8_t kRetries = 6;
 // Credits see to it that a receive is there. Against a peer that lies: six tries of 0.64 ms (7
 // would be for ever).

@@ -89,7 +89,7 @@ class Verbs final : public Transport {
   };
 
   void LookAtDescriptors();
-  void TakeChannelEvents();
+  void TakeChannelEvent();
   void Accept();
   // Whether the newcomer is done with: an endpoint now, or turned away.
   bool Greet(Newcomer* newcomer);
@@ -267,14 +267,14 @@ bool Verbs::Greet(Newcomer* newcomer) {
   return true;
 }
 
-void Verbs::TakeChannelEvents() {
+void Verbs::TakeChannelEvent() {
   const Library& library = shared_.device->library();
   ibv_cq* completions = nullptr;
   void* queue = nullptr;
-  while (library.get_cq_event(shared_.channel.get(), &completions, &queue) == 0) {
-    library.ack_cq_events(completions, 1);
-    static_cast<Queue*>(queue)->OnArmedEvent();
-  }
+  // One a look: where there are more, the channel stays readable.
+  if (library.get_cq_event(shared_.channel.get(), &completions, &queue) != 0) return;
+  library.ack_cq_events(completions, 1);
+  static_cast<Queue*>(queue)->OnArmedEvent();
 }
 
 void Verbs::LookAtDescriptors() {
@@ -284,7 +284,7 @@ void Verbs::LookAtDescriptors() {
   for (const epoll_event& event : ready) {
     switch (event.data.u64) {
       case kChannel:
-        TakeChannelEvents();
+        TakeChannelEvent();
         break;
       case kListener:
         Accept();
