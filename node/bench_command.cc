@@ -310,6 +310,7 @@ Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv)
   TransportBenchOptions bench;
   bench.backends = options.backends;
   bench.sizes_bytes = options.sizes_bytes;
+  bench.poll_before_sleep = ToDuration(options.poll_us / 1e6);
   bench.time_per_row = ToDuration(options.seconds_per_row);
   std::unique_ptr<MpiSession> session;
   if (MpiSession::LaunchedByMpi()) {

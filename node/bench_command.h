@@ -17,6 +17,7 @@ struct BenchOptions {
   // Of bench transport.
   std::vector<std::string> backends;  // empty: all that can be used
   std::vector<uint64_t> sizes_bytes = {4096, 65536, 1048576};
+  double poll_us = 200;  // before our sides sleep
 
   // Of bench node. Contexts are cut to whole blocks, and to the longest that the model has.
   std::string model;

@@ -376,6 +376,9 @@ int Main(int argc, char** argv) {
   bench_transport->add_option("--backend", bench.backends,
                               "loopback, shm, tcp, verbs or mpi (default: all that can be used)");
   for (CLI::App* command : {bench_transport, bench_verbs}) {
+    command->add_option("--poll-us", bench.poll_us, "Polling before our sides sleep")
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
     command->add_option("--bytes", bench.sizes_bytes, "Sizes of transfers")
         ->delimiter(',')
         ->check(CLI::Range(uint64_t{1}, uint64_t{1} << 30))

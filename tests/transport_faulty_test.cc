@@ -200,7 +200,7 @@ TEST(FaultyCounts, TheNthFails) {
 }
 
 TEST(TransportBackends, AreListedAndExplained) {
-  EXPECT_EQ(TransportBackends().size(), 4U);
+  EXPECT_EQ(TransportBackends().size(), 5U);
   EXPECT_TRUE(MakeTransport("tcp", {}).ok());
   EXPECT_EQ(MakeTransport("loopback", {}).status().code(), StatusCode::kUnsupported);
   EXPECT_EQ(MakeTransport("mpi", {}).status().code(), StatusCode::kUnsupported);

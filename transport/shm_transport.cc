@@ -8,9 +8,9 @@
 
 #include "base/bytes.h"
 #include "transport/endpoint_table.h"
-#include "transport/look_first.h"
 #include "transport/shm.h"
 #include "transport/shm_endpoint.h"
+#include "transport/watcher.h"
 
 namespace kvant {
 namespace shm {
@@ -305,17 +305,14 @@ void Shm::Poll(std::vector<Event>* events) {
 
 void Shm::Wait(Duration at_most) {
   if (at_most <= Duration::zero() || !shared_.events.empty() || look_ || AnyReady()) return;
-  const TimePoint begin = SteadyClock().Now();
   const bool alone = endpoints_.empty() && !woken_by_other_;
-  const Duration looking = std::min(at_most, shared_.options.poll_before_sleep);
-  if (!alone && LookFirst(looking, [this] {
-        look_ = woken_by_other_ && tcp::SleepUntilReadable(shared_.epoll, {});
-        return look_ || AnyReady();
-      })) {
-    return;
-  }
+  const Duration polling = alone ? Duration{} : shared_.options.poll_before_sleep;
+  Duration sleep = PollBeforeSleep(polling, at_most, [this] {
+    look_ = woken_by_other_ && tcp::SleepUntilReadable(shared_.epoll, {});
+    return look_ || AnyReady();
+  });
+  if (sleep <= Duration::zero()) return;
   const TimePoint now = SteadyClock().Now();
-  Duration sleep = at_most - (now - begin);
   for (const auto& [id, endpoint] : endpoints_) {
     if (endpoint->HasTimer()) sleep = std::min(sleep, endpoint->deadline() - now);
   }

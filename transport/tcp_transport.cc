@@ -9,9 +9,9 @@
 #include "base/bytes.h"
 #include "base/random.h"
 #include "transport/endpoint_table.h"
-#include "transport/look_first.h"
 #include "transport/tcp.h"
 #include "transport/tcp_endpoint.h"
+#include "transport/watcher.h"
 
 namespace kvant {
 namespace tcp {
@@ -219,11 +219,10 @@ Duration Tcp::MaySleep(Duration at_most) {
 void Tcp::Wait(Duration at_most) {
   const Duration sleep = MaySleep(at_most);
   if (sleep <= Duration::zero()) return;
-  const Duration looking = std::min(sleep, shared_.options.poll_before_sleep);
-  const bool alone = endpoints_.size() == 0;
-  if (!alone && LookFirst(looking, [this] { return SleepUntilReadable(shared_.epoll, {}); }))
-    return;
-  SleepUntilReadable(shared_.epoll, sleep);
+  const Duration polling = endpoints_.size() == 0 ? Duration{} : shared_.options.poll_before_sleep;
+  const Duration rest = PollBeforeSleep(
+      polling, sleep, [this] { return SleepUntilReadable(shared_.epoll, {}) || SendMore(); });
+  if (rest > Duration::zero()) SleepUntilReadable(shared_.epoll, rest);
 }
 
 bool Tcp::SendMore() {

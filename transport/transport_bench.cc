@@ -79,6 +79,7 @@ class Side {
 
  public:
   std::function<void()> other_turn;
+  Duration poll_before_sleep = std::chrono::microseconds(200);
 
  protected:
   Transport* transport_;
@@ -119,7 +120,7 @@ class OurAsker final : public Asker, public Side {
     StoreLittle(begin.data() + 17, window.remote().length);
     KV_RETURN_IF_ERROR(SendMessage(begin));
     Pacer pacer(shape, time, sample);
-    Patience patience;
+    Patience patience(poll_before_sleep);
     while (!pacer.finished()) {
       if (!pacer.idle().empty()) {
         const auto request = SlotMessage('q', pacer.idle());
@@ -183,7 +184,7 @@ class OurServer final : public Server, public Side {
 
   Status Serve(const Shape& shape) override {
     KV_RETURN_IF_ERROR(Begin(shape));
-    Patience patience;
+    Patience patience(poll_before_sleep);
     TimePoint last = SteadyClock().Now();
     while (!ended_) {
       KV_ASSIGN_OR_RETURN(const bool found, Turn());
@@ -410,9 +411,11 @@ Status BenchThreads(std::string_view backend, const TransportBenchOptions& optio
   // The peer's thread is the one owner of its transport from here to the join.
   std::thread peer([&] {
     OurServer server(theirs, their_arena.get(), false);
+    server.poll_before_sleep = options.poll_before_sleep;
     served = ServeRows(options, &server, plain_server);
   });
   OurAsker asker(ours, our_arena.get());
+  asker.poll_before_sleep = options.poll_before_sleep;
   Status asked = asker.Connect(address);
   if (asked.ok()) asked = RunRows(backend, options, &asker, plain, {}, rows);
   // If we stopped early, the peer notices within kStuck.

@@ -76,13 +76,15 @@ class Pacer {
 // Polls with nothing to do: a while without sleeping, then in short sleeps.
 class Patience {
  public:
+  Patience() = default;
+  explicit Patience(Duration yield_for) : yield_for_(yield_for) {}
   void Found() { empty_ = 0; }
   // Whether to sleep now. Before that, gives way to whoever else has work: with few cores that is
   // the thread that this one is waiting for. On a machine that is slow the while is
   // kvantd's.
   bool Sleep() {
     if (++empty_ <= kSpins) return false;
-    if (empty_ == kSpins + 1) sleep_after_ = SteadyClock().Now() + kYieldFor;
+    if (empty_ == kSpins + 1) sleep_after_ = SteadyClock().Now() + yield_for_;
     if (empty_ > kYields || SteadyClock().Now() > sleep_after_) return true;
     sched_yield();
     return false;
@@ -91,7 +93,7 @@ class Patience {
  private:
   static constexpr uint32_t kSpins = 16;
   static constexpr uint32_t kYields = 1000;
-  static constexpr Duration kYieldFor = std::chrono::microseconds(200);
+  Duration yield_for_ = std::chrono::microseconds(200);
   uint32_t empty_ = 0;
   TimePoint sleep_after_{};
 };

@@ -330,16 +330,11 @@ Duration Verbs::UntilDeadline(TimePoint now, Duration at_most) const {
 
 void Verbs::Wait(Duration at_most) {
   if (at_most <= Duration::zero() || !shared_.events.empty() || look_ || AnyReady()) return;
-  const TimePoint begin = SteadyClock().Now();
-  const Duration polling =
-      endpoints_.empty() ? Duration{} : std::min(at_most, shared_.options.poll_before_sleep);
-  TimePoint now = begin;
-  while (now - begin < polling) {
-    sched_yield();
-    if (AnyReady()) return;
-    now = SteadyClock().Now();
-  }
-  const Duration sleep = UntilDeadline(now, at_most - (now - begin));
+  Duration sleep =
+      PollBeforeSleep(endpoints_.empty() ? Duration{} : shared_.options.poll_before_sleep, at_most,
+                      [this] { return AnyReady(); });
+  const TimePoint now = SteadyClock().Now();
+  sleep = UntilDeadline(now, sleep);
   if (sleep <= Duration::zero()) return;
   for (auto& [id, endpoint] : endpoints_) endpoint->Arm();
   // What came before the channel was asked to tell of it, it does not tell.

@@ -1,8 +1,10 @@
 // epoll, for the backends that sleep on several descriptors.
 #pragma once
 
+#include <sched.h>
 #include <sys/epoll.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 
@@ -10,6 +12,20 @@
 #include "transport/tcp_socket.h"
 
 namespace kvant {
+
+// What a Wait does before it sleeps: gives way to others for at most `polling`. What is left of
+// at_most then; nothing, when something was ready before.
+template <typename Ready>
+Duration PollBeforeSleep(Duration polling, Duration at_most, const Ready& ready) {
+  const TimePoint begin = SteadyClock().Now();
+  Duration past{};
+  while (past < std::min(polling, at_most)) {
+    sched_yield();
+    if (ready()) return Duration::zero();
+    past = SteadyClock().Now() - begin;
+  }
+  return at_most - past;
+}
 
 // Single-owner: the transport's thread. Level-triggered.
 class Watcher {
