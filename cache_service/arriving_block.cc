@@ -1,5 +1,7 @@
 #include "cache_service/arriving_block.h"
 
+#include <algorithm>
+
 #include "base/bytes.h"
 
 namespace kvant {
@@ -17,33 +19,36 @@ Status ArrivingBlock::SetManifest(std::span<const std::byte> encoded) {
     return InvalidArgument("block {}: {} bytes are selected, the destination has {}",
                            key_.ShortHex(), bytes, capacity_);
   }
-  std::vector<bool> waits(written_.size(), false);
-  for (const SelectedRow& selected : rows_) {
-    waits[manifest.rows[selected.row].layer - selection_.layer_begin] = true;
-  }
+  waits_.clear();
   open_layers_ = 0;
   unscanned_ = 0;
-  for (size_t i = 0; i < waits.size(); ++i) {
-    reported_[i] = !waits[i];
-    open_layers_ += waits[i] ? 1 : 0;
-    unscanned_ += waits[i] && written_[i] ? 1 : 0;
+  for (const SelectedRow& selected : rows_) {
+    const auto layer =
+        static_cast<size_t>(manifest.rows[selected.row].layer - selection_.layer_begin);
+    if (layer >= waits_.size()) waits_.resize(layer + 1);
+    if (waits_[layer]) continue;
+    waits_[layer] = true;
+    ++open_layers_;
+    unscanned_ += layer < written_.size() && written_[layer] ? 1 : 0;
   }
   manifest_ = std::make_shared<const BlockManifest>(std::move(manifest));
   return OkStatus();
 }
 
 bool ArrivingBlock::SetWritten(size_t layer_index) {
-  if (layer_index >= written_.size() || written_[layer_index]) return false;
+  if (layer_index >= layers_) return false;
+  if (layer_index >= written_.size()) written_.resize(layer_index + 1);
+  if (written_[layer_index]) return false;
   written_[layer_index] = true;
-  if (manifest_ != nullptr && !reported_[layer_index]) ++unscanned_;
+  if (layer_index < waits_.size() && waits_[layer_index]) ++unscanned_;
   return true;
 }
 
 bool ArrivingBlock::TakeComplete(uint16_t* layer) {
   if (manifest_ == nullptr || unscanned_ == 0) return false;
-  for (size_t i = 0; i < written_.size(); ++i) {
-    if (!written_[i] || reported_[i]) continue;
-    reported_[i] = true;
+  for (size_t i = 0; i < std::min(written_.size(), waits_.size()); ++i) {
+    if (!written_[i] || !waits_[i]) continue;
+    waits_[i] = false;
     --unscanned_;
     --open_layers_;
     *layer = static_cast<uint16_t>(selection_.layer_begin + i);

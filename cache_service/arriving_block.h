@@ -22,11 +22,10 @@ class ArrivingBlock {
       : key_(key),
         selection_(selection),
         capacity_(capacity),
-        written_(selection.layer_end - selection.layer_begin, false),
-        reported_(written_.size(), false) {}
+        layers_(static_cast<size_t>(selection.layer_end - selection.layer_begin)) {}
 
   const BlockKey& key() const { return key_; }
-  size_t layers() const { return written_.size(); }
+  size_t layers() const { return layers_; }
   const std::shared_ptr<const BlockManifest>& manifest() const { return manifest_; }
   // The shard's description of the block. kInvalidArgument, kDataLoss: not one, or not of this
   // block, or what is selected of it is larger than the destination.
@@ -47,8 +46,9 @@ class ArrivingBlock {
   uint64_t capacity_ = 0;
   std::shared_ptr<const BlockManifest> manifest_;
   std::vector<SelectedRow> rows_;  // layer-major
-  std::vector<bool> written_;      // by layer - layer_begin
-  std::vector<bool> reported_;     // taken, or nothing to wait for
+  size_t layers_ = 0;              // that may be selected: far more than there are, for SelectAll
+  std::vector<bool> written_;      // by layer - layer_begin; false behind its end
+  std::vector<bool> waits_;        // likewise: of the manifest, and not taken yet
   size_t open_layers_ = 0;
   size_t unscanned_ = 0;  // written layers that were not taken yet
 };

@@ -211,8 +211,9 @@ Status RunRows(std::string_view name, Transport* transport, const std::string& a
                std::vector<ServiceBenchRow>* rows) {
   const size_t before = rows->size();
   KV_ASSIGN_OR_RETURN(const auto bench, Bench::Connect(transport, address, server_turn, options));
-  KV_RETURN_IF_ERROR(bench->Lookups(rows));
+  // A shard full of small blocks would have to give up dozens of them for each large one.
   KV_RETURN_IF_ERROR(bench->Blocks(rows));
+  KV_RETURN_IF_ERROR(bench->Lookups(rows));
   for (size_t i = before; i < rows->size(); ++i) (*rows)[i].transport = name;
   return OkStatus();
 }

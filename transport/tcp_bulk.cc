@@ -17,10 +17,13 @@ constexpr size_t kMaxIovecs = 64;
 // One sendmsg takes at most this much. With more, the receiver starts late and finds the bytes out
 // of the caches.
 constexpr uint64_t kMaxBatchBytes = uint64_t{512} << 10;
-// After small frames, this much beyond the payload is received with it: many frames a call, for a
-// copy of little bytes. After large ones only the next header is, and no payload is ever copied.
+// After some small frames, this much beyond the payload is received with it: many frames a call,
+// for a copy of little bytes. Else only what holds a short message and the next header, so that
+// next to no payload is ever copied.
 constexpr size_t kStagingBytes = 32768;
+constexpr size_t kShortStagingBytes = 512;
 constexpr uint64_t kSmallPayload = 8192;
+constexpr int kSomeSmallFrames = 4;
 constexpr size_t kScratchBytes = 65536;
 // Messages that wait to be sent: so many, and so many bytes before one more is taken.
 constexpr size_t kQueuedMessages = 1024;
@@ -98,7 +101,7 @@ size_t BulkStream::Submit(std::span<const Transfer> transfers) {
   return accepted;
 }
 
-bool BulkStream::SendMessage(std::span<const std::byte> message) {
+bool BulkStream::SendMessage(std::span<const std::byte> message, bool now) {
   if (messages_.size() >= kQueuedMessages || queued_message_bytes_ >= kQueuedMessageBytes) {
     return false;
   }
@@ -114,7 +117,7 @@ bool BulkStream::SendMessage(std::span<const std::byte> message) {
   queued_message_bytes_ += frame.size();
   messages_.push_back({std::move(frame)});
   // A broken connection shows again, and is handled, in the next Poll.
-  if (writable_) static_cast<void>(Send());
+  if (now && writable_) static_cast<void>(Send());
   return true;
 }
 
@@ -291,10 +294,10 @@ Status BulkStream::Receive() {
       payload_room = to.size();
       parts[count++] = {to.data(), to.size()};
     }
-    const bool small = incoming_.length <= kSmallPayload;
     size_t staging_room = 0;
     if (payload_room == payload_left_) {
-      staging_room = (small ? staging_.size() : kBulkHeaderBytes) - staged;
+      staging_room =
+          (small_frames_ >= kSomeSmallFrames ? staging_.size() : kShortStagingBytes) - staged;
       parts[count++] = {staging_.data() + staged, staging_room};
     }
     msghdr message{};
@@ -345,7 +348,7 @@ Status BulkStream::OnHeader() {
     case BulkOp::kWrite:
       return OnWrite(*header);
     case BulkOp::kRead:
-      incoming_.length = 0;
+      ++small_frames_;
       return OnRead(*header);
     case BulkOp::kReadReply:
     case BulkOp::kReadRefused:
@@ -437,6 +440,7 @@ Status BulkStream::OnReadAnswer(const BulkHeader& header) {
 }
 
 void BulkStream::OnPayloadDone() {
+  small_frames_ = incoming_.length <= kSmallPayload ? small_frames_ + 1 : 0;
   if (sink_ == Sink::kRead) {
     const uint64_t cookie = reads_.front().cookie;
     reads_.pop_front();

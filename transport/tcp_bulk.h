@@ -41,9 +41,9 @@ class BulkStream {
 
   // Accepts a prefix, and sends what the socket takes at once.
   size_t Submit(std::span<const Transfer> transfers);
-  // Queues a copy of a message, and sends what the socket takes at once. False: the queue is full.
-  // REQUIRES: it is no longer than max_message_bytes.
-  bool SendMessage(std::span<const std::byte> message);
+  // Queues a copy of a message; `now`: and sends what the socket takes at once. False: the queue is
+  // full. REQUIRES: it is no longer than max_message_bytes.
+  bool SendMessage(std::span<const std::byte> message, bool now);
   // Sends until the socket would block or a fair share is sent. Not ok: the connection broke.
   Status Send();
   // Receives likewise. Not ok: the connection broke, or the peer violates the protocol
@@ -132,6 +132,7 @@ class BulkStream {
   size_t staged_begin_ = 0;
   size_t staged_end_ = 0;
   Sink sink_ = Sink::kNone;
+  int small_frames_ = 0;  // that came one after the other
   BulkHeader incoming_;
   std::vector<std::byte> message_;  // that is arriving
   std::span<std::byte> landing_;    // where the rest of the payload goes

@@ -106,10 +106,12 @@ Status TcpEndpoint::Send(std::span<const std::byte> message) {
     return Unavailable("sending to {}: the endpoint is {}", peer_,
                        Connecting() ? "not connected yet; wait for kConnected" : "closed");
   }
-  if (!stream_->SendMessage(message)) {
+  // The first goes at once, those behind it together: with the next Submit, or in the next Poll.
+  if (!stream_->SendMessage(message, !sent_since_poll_)) {
     return MakeStatus(StatusCode::kResourceExhausted,
                       "sending to {}: its queue is full; poll, then try again", peer_);
   }
+  sent_since_poll_ = true;
   ++counters_.messages_sent;
   if (stream_->wants_turn()) shared_->Activate(this);
   NoteBlocked();
@@ -239,6 +241,7 @@ void TcpEndpoint::DrainDealer() {
 }
 
 void TcpEndpoint::Progress() {
+  sent_since_poll_ = false;
   if (state_ != State::kClosed && dealer_hot_) DrainDealer();
   if (state_ != State::kClosed && monitor_hot_) {
     monitor_hot_ = false;

@@ -140,6 +140,7 @@ class TcpEndpoint final : public Endpoint {
   bool dealer_hot_ = true;
   bool monitor_hot_ = false;
   bool control_goodbye_ = false;
+  bool sent_since_poll_ = false;
   LinkCounters counters_;
 };
 

@@ -144,6 +144,17 @@ bool SleepUntilReadable(const Socket& socket, Duration at_most) {
   return ppoll(&ready, 1, &timeout, nullptr) > 0;
 }
 
+// Whether both ends of a connection are on this host.
+bool StaysHere(const Socket& socket) {
+  sockaddr_in here{};
+  sockaddr_in there{};
+  socklen_t here_bytes = sizeof(here);
+  socklen_t there_bytes = sizeof(there);
+  return getsockname(socket.fd(), reinterpret_cast<sockaddr*>(&here), &here_bytes) == 0 &&
+         getpeername(socket.fd(), reinterpret_cast<sockaddr*>(&there), &there_bytes) == 0 &&
+         here.sin_family == AF_INET && here.sin_addr.s_addr == there.sin_addr.s_addr;
+}
+
 Probes ProbesFor(Duration silence_timeout) {
   const auto milliseconds = static_cast<int>(
       std::chrono::duration_cast<std::chrono::milliseconds>(silence_timeout).count());
@@ -162,6 +173,11 @@ void TuneForBulk(const Socket& socket, Duration silence_timeout) {
   SetOption(socket, IPPROTO_TCP, TCP_KEEPINTVL, probes.interval_seconds);
   SetOption(socket, IPPROTO_TCP, TCP_KEEPCNT, probes.count);
   SetOption(socket, IPPROTO_TCP, TCP_USER_TIMEOUT, probes.unanswered_milliseconds);
+  // Within a host there is no congestion to look for, and where the system's choice is BBR a flow
+  // would be paced by timers, to less than half the rate. Reno is open to everybody.
+  constexpr std::string_view kUnpaced = "reno";
+  if (StaysHere(socket))
+    setsockopt(socket.fd(), IPPROTO_TCP, TCP_CONGESTION, kUnpaced.data(), kUnpaced.size());
   // Buffer sizes stay with the kernel: setting them switches its tuning off and, without privilege,
   // caps them below what it would give.
 }

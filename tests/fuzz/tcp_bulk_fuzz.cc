@@ -114,7 +114,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     reads[i].cookie = i + 1;
   }
   KV_CHECK(stream.Submit(reads) == reads.size());
-  KV_CHECK(stream.SendMessage(memory.readable));
+  KV_CHECK(stream.SendMessage(memory.readable, true));
   Status status;
   bool first = true;
   while (status.ok() && !input.empty()) {
