@@ -2,6 +2,7 @@
 // the Poll after the one that brought kClosed.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <memory>
 #include <unordered_map>
@@ -30,6 +31,21 @@ class EndpointTable {
   bool empty() const { return endpoints_.empty(); }
   auto begin() const { return endpoints_.begin(); }
   auto end() const { return endpoints_.end(); }
+
+  // Of backends whose endpoints have a HasTimer(), deadline() and OnTimer(now).
+  bool HasTimer() const {
+    return std::any_of(begin(), end(), [](const auto& entry) { return entry.second->HasTimer(); });
+  }
+  void OnTimers(TimePoint now) {
+    for (auto& [id, endpoint] : endpoints_) endpoint->OnTimer(now);
+  }
+  // At most this long, and no longer than until a timer ends.
+  Duration UntilTimer(TimePoint now, Duration at_most) const {
+    for (const auto& [id, endpoint] : endpoints_) {
+      if (endpoint->HasTimer()) at_most = std::min(at_most, endpoint->deadline() - now);
+    }
+    return at_most;
+  }
 
   // The sum over all, ended ones included.
   LinkCounters counters() const {

@@ -1,6 +1,5 @@
 #include "transport/shm_endpoint.h"
 
-#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -27,19 +26,7 @@ constexpr size_t kMaxPages = 64;
 }  // namespace
 
 ShmShared::ShmShared(const ShmOptions& given)
-    : options(given),
-      epoll(epoll_create1(EPOLL_CLOEXEC)),
-      bell(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
-      memory(std::nullopt) {}
-
-void ShmShared::Watch(int fd, uint64_t data) const {
-  epoll_event event = {};
-  event.events = EPOLLIN;
-  event.data.u64 = data;
-  KV_CHECK(epoll_ctl(epoll.fd(), EPOLL_CTL_ADD, fd, &event) == 0);
-}
-
-void ShmShared::Unwatch(int fd) const { epoll_ctl(epoll.fd(), EPOLL_CTL_DEL, fd, nullptr); }
+    : options(given), bell(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), memory(std::nullopt) {}
 
 bool ShmShared::Revoke(uint64_t id) {
   const auto found = exposed.find(id);
@@ -65,7 +52,7 @@ ShmEndpoint::ShmEndpoint(ShmShared* shared, EndpointId id, std::string peer, tcp
       channel_(std::move(channel)),
       deadline_(deadline) {
   CountSent(sizeof(PacketHeader));
-  if (socket_) shared_->Watch(socket_.fd(), id_);
+  if (socket_) shared_->watcher.Watch(socket_.fd(), id_);
 }
 
 ShmEndpoint::ShmEndpoint(ShmShared* shared, EndpointId id, std::string peer, tcp::Socket socket,
@@ -79,7 +66,7 @@ ShmEndpoint::ShmEndpoint(ShmShared* shared, EndpointId id, std::string peer, tcp
       state_(State::kOpen) {
   CountSent(sizeof(PacketHeader));
   counters_.control_bytes_received += sizeof(PacketHeader);
-  shared_->Watch(socket_.fd(), id_);
+  shared_->watcher.Watch(socket_.fd(), id_);
   shared_->events.push_back({.kind = Event::Kind::kConnected, .endpoint = id_});
 }
 
@@ -170,7 +157,7 @@ void ShmEndpoint::OnSocket() {
         return;
       case Received::kEnd:
         ended_ = true;
-        shared_->Unwatch(socket_.fd());
+        shared_->watcher.Unwatch(socket_.fd());
         return;
       case Received::kPacket:
         OnPacket(std::move(packet));
@@ -447,7 +434,7 @@ void ShmEndpoint::Finish(const Status& why, StatusCode transfers_end_with) {
   for (const uint64_t id : windows) {
     if (!shared_->Revoke(id)) shared_->exposed[id].peer = 0;
   }
-  if (socket_ && !ended_) shared_->Unwatch(socket_.fd());
+  if (socket_ && !ended_) shared_->watcher.Unwatch(socket_.fd());
   shared_->events.push_back({.kind = Event::Kind::kClosed, .endpoint = id_, .status = why});
 }
 

@@ -12,6 +12,7 @@
 #include "transport/shm.h"
 #include "transport/shm_channel.h"
 #include "transport/shm_socket.h"
+#include "transport/watcher.h"
 #include "transport/window_table.h"
 
 namespace kvant::shm {
@@ -39,13 +40,11 @@ struct Exposed {
 // Owned by the transport, outlives its endpoints. Single-owner.
 struct ShmShared {
   explicit ShmShared(const ShmOptions& given);
-  void Watch(int fd, uint64_t data) const;
-  void Unwatch(int fd) const;
   // Takes the window back; true: nothing lands in it any more, and it is forgotten.
   bool Revoke(uint64_t id);
 
   const ShmOptions options;
-  tcp::Socket epoll;
+  Watcher watcher;
   tcp::Socket bell;    // an eventfd that peers write to when this process sleeps
   WindowTable memory;  // only which memory is registered
   std::vector<Event> events;

@@ -1,5 +1,4 @@
 // The shm transport: listens, greets peers, and gives every endpoint its turn.
-#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -94,7 +93,7 @@ class Shm final : public ShmTransport {
                       .crosses_processes = true,
                       .detects_peer_death = true} {
     if (!Usable()) return;
-    shared_.Watch(shared_.bell.fd(), kBell);
+    shared_.watcher.Watch(shared_.bell.fd(), kBell);
     shared_.find = [this](EndpointId id) { return FindOpen(id); };
   }
   Shm(const Shm&) = delete;
@@ -103,9 +102,9 @@ class Shm final : public ShmTransport {
     for (auto& [id, endpoint] : endpoints_) endpoint->Leave();
   }
 
-  bool Usable() const { return shared_.epoll && shared_.bell; }
+  bool Usable() const { return shared_.watcher && shared_.bell; }
   void WakeOn(int fd) override {
-    shared_.Watch(fd, kOther);
+    shared_.watcher.Watch(fd, kOther);
     woken_by_other_ = true;
   }
   const Capabilities& capabilities() const override { return capabilities_; }
@@ -170,7 +169,7 @@ Result<std::string> Shm::Listen(std::string_view address) {
   }
   KV_ASSIGN_OR_RETURN(listener_, shm::Listen(name, kBacklog));
   name_ = name;
-  shared_.Watch(listener_.fd(), kListener);
+  shared_.watcher.Watch(listener_.fd(), kListener);
   return std::string(address);
 }
 
@@ -224,7 +223,7 @@ void Shm::Accept() {
       continue;
     }
     if (newcomers_.size() >= kMaxNewcomers) newcomers_.erase(newcomers_.begin());
-    shared_.Watch(accepted.fd(), kNewcomer);
+    shared_.watcher.Watch(accepted.fd(), kNewcomer);
     newcomers_.push_back(
         {std::move(accepted), SteadyClock().Now() + shared_.options.handshake_timeout});
   }
@@ -255,7 +254,7 @@ bool Shm::Greet(Newcomer* newcomer) {
   if (!SendPacket(newcomer->socket, {.type = PacketType::kWelcome}, {}, {shared_.bell.fd()}))
     return true;
   const EndpointId id = next_id_++;
-  shared_.Unwatch(newcomer->socket.fd());
+  shared_.watcher.Unwatch(newcomer->socket.fd());
   endpoints_.Add(std::make_unique<ShmEndpoint>(
       &shared_, id, fmt::format("shm:{}(peer)", name_), std::move(newcomer->socket),
       std::make_unique<Channel>(*std::move(memory), 1), std::move(packet.files[1])));
@@ -263,11 +262,11 @@ bool Shm::Greet(Newcomer* newcomer) {
 }
 
 void Shm::LookAtDescriptors() {
-  std::array<epoll_event, kEventsAtOnce> ready;
-  const int count = epoll_wait(shared_.epoll.fd(), ready.data(), kEventsAtOnce, 0);
+  std::array<epoll_event, kEventsAtOnce> room;
+  const std::span<epoll_event> ready = shared_.watcher.Look(room);
   bool greet = false;
-  for (int i = 0; i < count; ++i) {
-    const uint64_t data = ready[static_cast<size_t>(i)].data.u64;
+  for (const epoll_event& event : ready) {
+    const uint64_t data = event.data.u64;
     if (data == kBell) {
       uint64_t rung = 0;
       static_cast<void>(read(shared_.bell.fd(), &rung, sizeof(rung)) == sizeof(rung));
@@ -281,16 +280,13 @@ void Shm::LookAtDescriptors() {
     }
   }
   if (greet) std::erase_if(newcomers_, [this](Newcomer& newcomer) { return Greet(&newcomer); });
-  look_ = count == kEventsAtOnce;
+  look_ = ready.size() == kEventsAtOnce;
 }
 
 void Shm::CheckTimers() {
-  const bool any = !newcomers_.empty() ||
-                   std::any_of(endpoints_.begin(), endpoints_.end(),
-                               [](const auto& entry) { return entry.second->HasTimer(); });
-  if (!any) return;
+  if (newcomers_.empty() && !endpoints_.HasTimer()) return;
   const TimePoint now = SteadyClock().Now();
-  for (auto& [id, endpoint] : endpoints_) endpoint->OnTimer(now);
+  endpoints_.OnTimers(now);
   std::erase_if(newcomers_, [now](const Newcomer& n) { return now >= n.deadline; });
 }
 
@@ -308,18 +304,16 @@ void Shm::Wait(Duration at_most) {
   const bool alone = endpoints_.empty() && !woken_by_other_;
   const Duration polling = alone ? Duration{} : shared_.options.poll_before_sleep;
   Duration sleep = PollBeforeSleep(polling, at_most, [this] {
-    look_ = woken_by_other_ && tcp::SleepUntilReadable(shared_.epoll, {});
+    look_ = woken_by_other_ && shared_.watcher.Sleep({});
     return look_ || AnyReady();
   });
   if (sleep <= Duration::zero()) return;
   const TimePoint now = SteadyClock().Now();
-  for (const auto& [id, endpoint] : endpoints_) {
-    if (endpoint->HasTimer()) sleep = std::min(sleep, endpoint->deadline() - now);
-  }
+  sleep = endpoints_.UntilTimer(now, sleep);
   for (const Newcomer& newcomer : newcomers_) sleep = std::min(sleep, newcomer.deadline - now);
   SetSleeping(true);
   if (sleep > Duration::zero() && !AnyReady()) {
-    look_ = tcp::SleepUntilReadable(shared_.epoll, sleep);
+    look_ = shared_.watcher.Sleep(sleep);
   }
   SetSleeping(false);
 }

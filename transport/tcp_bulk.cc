@@ -14,9 +14,8 @@ namespace {
 // A call moves at most this much before other endpoints get their turn.
 constexpr uint64_t kFairShareBytes = uint64_t{8} << 20;
 constexpr size_t kMaxIovecs = 64;
-// One sendmsg takes at most this much. With more, the receiver starts late and finds the bytes out
-// of the caches.
-constexpr uint64_t kMaxBatchBytes = uint64_t{512} << 10;
+// One sendmsg takes at most this much: more would not fit the socket's buffer anyway.
+constexpr uint64_t kMaxBatchBytes = uint64_t{4} << 20;
 // After some small frames, this much beyond the payload is received with it: many frames a call,
 // for a copy of little bytes. Else only what holds a short message and the next header, so that
 // next to no payload is ever copied.
@@ -115,7 +114,7 @@ bool BulkStream::SendMessage(std::span<const std::byte> message, bool now) {
                       std::span(frame).first<kMessageHeaderBytes>());
   std::copy(message.begin(), message.end(), frame.begin() + kMessageHeaderBytes);
   queued_message_bytes_ += frame.size();
-  messages_.push_back({std::move(frame)});
+  messages_.push_back(std::move(frame));
   // A broken connection shows again, and is handled, in the next Poll.
   if (now && writable_) static_cast<void>(Send());
   return true;
@@ -139,20 +138,21 @@ Status BulkStream::Send() {
       const uint64_t payload_skip = skip - header_skip;
       skip = 0;
       if (header_skip < kBulkHeaderBytes) add(std::span(out.header).subspan(header_skip));
-      std::span<const std::byte> rest = out.payload.subspan(payload_skip);
+      const std::span<const std::byte> rest = out.payload.subspan(payload_skip);
       if (rest.empty()) return true;
-      const bool revoked = out.op == BulkOp::kReadReply && !context_.windows->Exposed(out.window);
-      const uint64_t most = revoked ? Zeros().size() : kMaxBatchBytes;
-      const bool whole = rest.size() <= most;
-      if (!whole) rest = rest.first(most);
-      add(revoked ? Zeros().first(rest.size()) : rest);
-      return whole;
+      if (out.op != BulkOp::kReadReply || context_.windows->Exposed(out.window)) {
+        add(rest);
+        return true;
+      }
+      const auto zeros = Zeros().first(std::min(rest.size(), Zeros().size()));
+      add(zeros);
+      return zeros.size() == rest.size();
     };
     // The frame under way, then messages, then the other frames: as Account takes them.
     const bool frame_first = !MessageIsNext();
     bool whole = !frame_first || add_frame(out_.front());
     for (size_t i = 0; i < messages_.size() && whole && room(); ++i) {
-      add(std::span(messages_[i].frame).subspan(skip));
+      add(std::span(messages_[i]).subspan(skip));
       skip = 0;
       whole = i + 1 == messages_.size() || room();
     }
@@ -188,18 +188,20 @@ void BulkStream::Account(size_t sent) {
 }
 
 void BulkStream::AccountMessage(uint64_t* left) {
-  std::vector<std::byte>& frame = messages_.front().frame;
-  const uint64_t taken = std::min<uint64_t>(*left, frame.size() - front_sent_);
+  const uint64_t whole = messages_.front().size();
+  const uint64_t taken = std::min(*left, whole - front_sent_);
   context_.counters->control_bytes_sent += taken;
   front_sent_ += taken;
   *left -= taken;
-  if (front_sent_ < frame.size()) return;
+  if (front_sent_ < whole) return;
   front_sent_ = 0;
-  queued_message_bytes_ -= frame.size();
+  queued_message_bytes_ -= whole;
+  // Out of the ring, which would keep the memory of a long one.
+  std::vector<std::byte> frame = std::move(messages_.front());
+  messages_.pop_front();
   if (spare_frames_.size() < kSpareFrames && frame.capacity() <= kSpareFrameBytes) {
     spare_frames_.push_back(std::move(frame));
   }
-  messages_.pop_front();
 }
 
 void BulkStream::AccountFrame(uint64_t* left) {

@@ -53,9 +53,6 @@ class BulkStream {
   void OnReady(bool readable, bool writable, bool hung_up);
   // Whether Send or Receive could make progress without further readiness.
   bool wants_turn() const { return (readable_ && !peer_said_goodbye_) || (writable_ && sending()); }
-  // Whether there is more to send than the socket took. epoll says so only when a third of its
-  // buffer is free again; who polls keeps it full by trying.
-  bool blocked() const { return !writable_ && sending(); }
   // Cancels all transfers but the frame under way and ends the stream, after the messages, with a
   // goodbye; what the peer still sends is thrown away.
   void SayGoodbye();
@@ -79,9 +76,6 @@ class BulkStream {
     std::span<std::byte> local;
     uint64_t cookie = 0;
     uint32_t tag = 0;
-  };
-  struct OutMessage {
-    std::vector<std::byte> frame;  // its header, too
   };
   enum class Sink : uint8_t { kNone, kWindow, kRead, kDiscard, kMessage };
 
@@ -115,7 +109,7 @@ class BulkStream {
   bool peer_said_goodbye_ = false;
 
   Ring<Out> out_;
-  Ring<OutMessage> messages_;
+  Ring<std::vector<std::byte>> messages_;  // with their headers
   size_t queued_message_bytes_ = 0;
   // Frames of sent messages: the next ones need no allocation.
   std::vector<std::vector<std::byte>> spare_frames_;

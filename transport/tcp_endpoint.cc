@@ -19,19 +19,12 @@ constexpr size_t kMaxFarewells = 64;
 }  // namespace
 
 TcpShared::TcpShared(const TcpOptions& given)
-    : options(given),
-      epoll(epoll_create1(EPOLL_CLOEXEC)),
-      windows(std::make_shared<WindowTable>(std::nullopt)) {}
+    : options(given), windows(std::make_shared<WindowTable>(std::nullopt)) {}
 
 void TcpShared::Watch(int fd, Source source, uint64_t id, bool edge) const {
-  epoll_event event{};
-  event.events = EPOLLIN;
-  if (edge) event.events |= EPOLLOUT | EPOLLRDHUP | EPOLLET;
-  event.data.u64 = id << 8 | static_cast<uint64_t>(source);
-  KV_CHECK(epoll_ctl(epoll.fd(), EPOLL_CTL_ADD, fd, &event) == 0);
+  const uint32_t wanted = EPOLLIN | (edge ? EPOLLOUT | EPOLLRDHUP | EPOLLET : 0U);
+  watcher.Watch(fd, id << 8 | static_cast<uint64_t>(source), wanted);
 }
-
-void TcpShared::Unwatch(int fd) const { epoll_ctl(epoll.fd(), EPOLL_CTL_DEL, fd, nullptr); }
 
 void TcpShared::Activate(TcpEndpoint* endpoint) {
   if (endpoint->active || endpoint->closed()) return;
@@ -114,7 +107,6 @@ Status TcpEndpoint::Send(std::span<const std::byte> message) {
   sent_since_poll_ = true;
   ++counters_.messages_sent;
   if (stream_->wants_turn()) shared_->Activate(this);
-  NoteBlocked();
   return OkStatus();
 }
 
@@ -122,7 +114,6 @@ size_t TcpEndpoint::Submit(std::span<const Transfer> transfers) {
   if (state_ != State::kOpen) return 0;
   const size_t accepted = stream_->Submit(transfers);
   if (stream_->wants_turn()) shared_->Activate(this);
-  NoteBlocked();
   return accepted;
 }
 
@@ -264,23 +255,6 @@ void TcpEndpoint::Progress() {
   }
   if (state_ != State::kClosed && stream_ != nullptr) ProgressBulk();
   if (ReadyNow()) shared_->Activate(this);
-  NoteBlocked();
-}
-
-void TcpEndpoint::NoteBlocked() {
-  if (blocked || !HasMore()) return;
-  blocked = true;
-  shared_->blocked.push_back(id_);
-}
-
-bool TcpEndpoint::SendMore() {
-  if (!HasMore()) return false;
-  const uint64_t before = counters_.payload_bytes_sent + counters_.control_bytes_sent;
-  stream_->OnReady(false, true, false);
-  // A broken connection shows again, and is handled, in Progress.
-  static_cast<void>(stream_->Send());
-  if (stream_->wants_turn() || stream_->said_goodbye()) shared_->Activate(this);
-  return counters_.payload_bytes_sent + counters_.control_bytes_sent != before;
 }
 
 void TcpEndpoint::ProgressBulk() {
@@ -300,7 +274,7 @@ void TcpEndpoint::ProgressBulk() {
     } else if (stream_->said_goodbye()) {
       Socket& socket = stream_->socket();
       shutdown(socket.fd(), SHUT_WR);
-      shared_->Unwatch(socket.fd());
+      shared_->watcher.Unwatch(socket.fd());
       if (shared_->farewells.size() < kMaxFarewells) {
         shared_->farewells.push_back({std::move(socket), SteadyClock().Now() + kGoodbyeTimeout});
       }
@@ -357,10 +331,10 @@ void TcpEndpoint::Finish(const Status& why, StatusCode transfers_end_with) {
   if (!identity_.empty()) shared_->peers.erase(identity_);
   // Closed sockets of ZeroMQ linger, and would go on signalling.
   if (dealer_.get() != nullptr) {
-    shared_->Unwatch(dealer_.fd());
+    shared_->watcher.Unwatch(dealer_.fd());
     if (!why.ok()) dealer_.Abandon();
   }
-  if (monitor_) shared_->Unwatch(monitor_.fd());
+  if (monitor_) shared_->watcher.Unwatch(monitor_.fd());
   shared_->events.push_back({.kind = Event::Kind::kClosed, .endpoint = id_, .status = why});
 }
 

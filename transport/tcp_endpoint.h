@@ -15,6 +15,7 @@
 #include "transport/tcp_socket.h"
 #include "transport/tcp_wire.h"
 #include "transport/tcp_zmq.h"
+#include "transport/watcher.h"
 #include "transport/window_table.h"
 
 namespace kvant::tcp {
@@ -39,7 +40,6 @@ struct TcpShared {
 
   // Reports readiness of `fd` as (source, id); `edge`: once a change, both ways.
   void Watch(int fd, Source source, uint64_t id, bool edge) const;
-  void Unwatch(int fd) const;
   // Gives the endpoint a turn in the next Poll.
   void Activate(TcpEndpoint* endpoint);
   // Has its deadline looked at.
@@ -47,14 +47,13 @@ struct TcpShared {
 
   const TcpOptions options;
   ZmqContext zmq;
-  Socket epoll;
+  Watcher watcher;
   std::shared_ptr<WindowTable> windows;
   std::vector<Event> events;  // not polled yet
   TcpDefects defects;
   ZmqSocket router;
   bool router_hot = false;  // may hold messages that its descriptor does not signal
   std::vector<EndpointId> active;
-  std::vector<EndpointId> blocked;  // have more to send than their socket took
   std::vector<EndpointId> timed;
   // Accepted peers by their ZeroMQ identity.
   std::unordered_map<std::string, TcpEndpoint*, StringHash, std::equal_to<>> peers;
@@ -85,14 +84,10 @@ class TcpEndpoint final : public Endpoint {
   const LinkCounters& counters() const override { return counters_; }
 
   // The transport drives these.
-  bool active = false;   // stands in TcpShared::active
-  bool blocked = false;  // stands in TcpShared::blocked
+  bool active = false;  // stands in TcpShared::active
   void OnControl(std::span<const std::byte> message);
   void OnReady(Source source, uint32_t epoll_events);
   void Progress();
-  // Sends what the socket has room for by now; whether that was anything.
-  bool SendMore();
-  bool HasMore() const { return !closed() && stream_ != nullptr && stream_->blocked(); }
   void OnTimer(TimePoint now);
   bool HasTimer() const { return state_ != State::kOpen && state_ != State::kClosed; }
   TimePoint deadline() const { return deadline_; }
@@ -119,7 +114,6 @@ class TcpEndpoint final : public Endpoint {
   void OnBulkConnected();
   void OpenStream(Socket bulk);
   void ProgressBulk();
-  void NoteBlocked();
   void DrainDealer();
   void OnPeerGoodbye();
   void Broken(const Status& why);

@@ -50,7 +50,7 @@ class Tcp final : public TcpTransport {
     for (auto& [id, endpoint] : endpoints_) endpoint->Leave();
   }
 
-  bool UsableEpoll() const { return static_cast<bool>(shared_.epoll); }
+  bool UsableEpoll() const { return static_cast<bool>(shared_.watcher); }
   const Capabilities& capabilities() const override { return capabilities_; }
   uint16_t bulk_port() const override { return bulk_port_; }
   TcpDefects defects() const override { return shared_.defects; }
@@ -65,7 +65,7 @@ class Tcp final : public TcpTransport {
     return MakeTableRegion(shared_.windows, memory);
   }
   void Poll(std::vector<Event>* events) override;
-  int descriptor() const override { return shared_.epoll.fd(); }
+  int descriptor() const override { return shared_.watcher.fd(); }
   Duration MaySleep(Duration at_most) override;
   void Wait(Duration at_most) override;
   LinkCounters counters() const override { return endpoints_.counters(); }
@@ -88,8 +88,6 @@ class Tcp final : public TcpTransport {
   };
 
   void Dispatch(const epoll_event& event);
-  // Tries those whose socket was full; whether it took anything.
-  bool SendMore();
   void DrainRouter();
   void OnRouterMessage(std::string_view identity, std::span<const std::byte> message);
   void OnHello(std::string_view identity, std::span<const std::byte> message);
@@ -184,11 +182,9 @@ void Tcp::Dispatch(const epoll_event& event) {
 
 void Tcp::Poll(std::vector<Event>* events) {
   endpoints_.Bury();
-  std::array<epoll_event, kEventsAtOnce> ready;
-  const int count = epoll_wait(shared_.epoll.fd(), ready.data(), kEventsAtOnce, 0);
-  for (int i = 0; i < count; ++i) Dispatch(ready[static_cast<size_t>(i)]);
+  std::array<epoll_event, kEventsAtOnce> room;
+  for (const epoll_event& event : shared_.watcher.Look(room)) Dispatch(event);
   if (shared_.router_hot) DrainRouter();
-  SendMore();
   std::swap(turn_, shared_.active);
   for (const EndpointId id : turn_) {
     TcpEndpoint* endpoint = endpoints_.Get(id);
@@ -220,21 +216,9 @@ void Tcp::Wait(Duration at_most) {
   const Duration sleep = MaySleep(at_most);
   if (sleep <= Duration::zero()) return;
   const Duration polling = endpoints_.size() == 0 ? Duration{} : shared_.options.poll_before_sleep;
-  const Duration rest = PollBeforeSleep(
-      polling, sleep, [this] { return SleepUntilReadable(shared_.epoll, {}) || SendMore(); });
-  if (rest > Duration::zero()) SleepUntilReadable(shared_.epoll, rest);
-}
-
-bool Tcp::SendMore() {
-  bool any = false;
-  std::erase_if(shared_.blocked, [&](EndpointId id) {
-    TcpEndpoint* endpoint = endpoints_.Get(id);
-    if (endpoint == nullptr) return true;
-    any = endpoint->SendMore() || any;
-    endpoint->blocked = endpoint->HasMore();
-    return !endpoint->blocked;
-  });
-  return any;
+  const Duration rest =
+      PollBeforeSleep(polling, sleep, [this] { return shared_.watcher.Sleep({}); });
+  if (rest > Duration::zero()) shared_.watcher.Sleep(rest);
 }
 
 void Tcp::DrainRouter() {
@@ -356,7 +340,7 @@ bool Tcp::ShowToken(NewBulk* connection) {
   met.counters.control_bytes_received += kBulkHeaderBytes;
   met.counters.control_bytes_sent += 1;
   const EndpointId id = next_id_++;
-  shared_.Unwatch(connection->socket.fd());
+  shared_.watcher.Unwatch(connection->socket.fd());
   shared_.Watch(connection->socket.fd(), Source::kBulk, id, true);
   auto endpoint = std::make_unique<TcpEndpoint>(&shared_, id, met.identity,
                                                 std::move(connection->socket), met.counters);

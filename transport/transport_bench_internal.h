@@ -80,8 +80,8 @@ class Patience {
   explicit Patience(Duration yield_for) : yield_for_(yield_for) {}
   void Found() { empty_ = 0; }
   // Whether to sleep now. Before that, gives way to whoever else has work: with few cores that is
-  // the thread that this one is waiting for. On a machine that is slow the while is
-  // kvantd's.
+  // the thread that this one is waiting for. Where the machine is emulated, a thousand times of
+  // that would be too long.
   bool Sleep() {
     if (++empty_ <= kSpins) return false;
     if (empty_ == kSpins + 1) sleep_after_ = SteadyClock().Now() + yield_for_;

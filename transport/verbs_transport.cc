@@ -302,12 +302,9 @@ void Verbs::LookAtDescriptors() {
 }
 
 void Verbs::CheckTimers() {
-  const bool any = !newcomers_.empty() ||
-                   std::any_of(endpoints_.begin(), endpoints_.end(),
-                               [](const auto& entry) { return entry.second->HasTimer(); });
-  if (!any) return;
+  if (newcomers_.empty() && !endpoints_.HasTimer()) return;
   const TimePoint now = SteadyClock().Now();
-  for (auto& [id, endpoint] : endpoints_) endpoint->OnTimer(now);
+  endpoints_.OnTimers(now);
   std::erase_if(newcomers_, [now](const Newcomer& n) { return now >= n.deadline; });
 }
 
@@ -321,9 +318,7 @@ void Verbs::Poll(std::vector<Event>* events) {
 }
 
 Duration Verbs::UntilDeadline(TimePoint now, Duration at_most) const {
-  for (const auto& [id, endpoint] : endpoints_) {
-    if (endpoint->HasTimer()) at_most = std::min(at_most, endpoint->deadline() - now);
-  }
+  at_most = endpoints_.UntilTimer(now, at_most);
   for (const Newcomer& newcomer : newcomers_) at_most = std::min(at_most, newcomer.deadline - now);
   return at_most;
 }

@@ -9,6 +9,7 @@
 #include <span>
 
 #include "base/check.h"
+#include "base/clock.h"
 #include "transport/tcp_socket.h"
 
 namespace kvant {
@@ -27,12 +28,14 @@ Duration PollBeforeSleep(Duration polling, Duration at_most, const Ready& ready)
   return at_most - past;
 }
 
-// Single-owner: the transport's thread. Level-triggered.
+// Single-owner: the transport's thread. Level-triggered, unless EPOLLET is among the events.
 class Watcher {
  public:
   Watcher() : epoll_(epoll_create1(EPOLL_CLOEXEC)) {}
   // False: no descriptor was left.
   explicit operator bool() const { return static_cast<bool>(epoll_); }
+  // Readable when one of them is ready.
+  int fd() const { return epoll_.fd(); }
   // `data` comes back from Look.
   void Watch(int fd, uint64_t data, uint32_t events = EPOLLIN) const {
     Control(EPOLL_CTL_ADD, fd, data, events);
