@@ -80,8 +80,7 @@ def kvant(program, out, model, file, weights, codec, prompts, contexts):
     path = out / "node-rows.json"
     run([program, "bench", "node", "--model", file, "--threads", str(THREADS), "--codec", codec, "--seconds", "1",
          *(["--prompt", ",".join(map(str, prompts))] if prompts else []), "--context", ",".join(map(str, contexts)),
-         "--sequences", ",".join(map(str, SEQUENCES)), *(["--weights", weights] if weights != "bf16" else []),
-         "--json", path], timeout=900)
+         "--sequences", ",".join(map(str, SEQUENCES)), "--weights", weights, "--json", path], timeout=900)
     rows = []
     for of in json.loads(path.read_text()):
         if of["what"] == "prompt":
@@ -112,8 +111,7 @@ def llama(program, model, file, weights, kv, flash, prompts, contexts):
 
 def forms(ours, theirs, out, python):
     """{name of a form: function of a round that gives rows}. theirs: llama.cpp's program, or None."""
-    weights = [kind for kind in WEIGHTS if kind == "bf16" or "--weights" in run([ours, "bench", "node", "--help"])]
-    files = {kind: gguf(python, out / f"random-{WEIGHTS[kind]}.gguf", "random", WEIGHTS[kind].upper()) for kind in weights}
+    files = {kind: gguf(python, out / f"random-{WEIGHTS[kind]}.gguf", "random", WEIGHTS[kind].upper()) for kind in WEIGHTS}
     made = {}
 
     def add(model, own_file, own, codec, prompts, contexts, peers):
@@ -129,7 +127,7 @@ def forms(ours, theirs, out, python):
                 made[f"llama.cpp, {model}, {kind}, {kv}, flash attention {flash}"] = (
                     lambda kind=kind, file=file, flash=flash: llama(theirs, model, file, kind, kv, flash, prompts, near_enough))
 
-    for kind in weights:
+    for kind in WEIGHTS:
         for codec in KV:
             prompts = PROMPTS if codec == "raw" else ()
             add("random", files["bf16"], kind, codec, prompts, (NEAR, MIDDLE, FAR), {WEIGHTS[kind]: files[kind]})
