@@ -244,13 +244,17 @@ bool CacheConnection::PollWith(std::vector<Event>* transport_events,
     client_->Tick(now);
     next_tick_ = now + kClientTick;
   }
-  client_->TakeActions(&actions_);
-  queue_.Add(&actions_);
-  progress = queue_.Flush() || progress;
+  progress = Flush() || progress;
   std::move(kept_.begin(), kept_.end(), std::back_inserter(*events));
   kept_.clear();
   client_->TakeEvents(events);
   return progress || events->size() != had;
+}
+
+bool CacheConnection::Flush() {
+  client_->TakeActions(&actions_);
+  queue_.Add(&actions_);
+  return queue_.Flush();
 }
 
 size_t CacheConnection::WaitConnected(Duration at_most) {

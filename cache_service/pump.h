@@ -103,6 +103,9 @@ class CacheConnection {
   bool Poll(std::vector<ClientEvent>* events, std::vector<Event>* foreign = nullptr);
   // The same with transport events that somebody else polled; takes those of the client out.
   bool PollWith(std::vector<Event>* transport_events, std::vector<ClientEvent>* events);
+  // Sends what the client was asked for since the last Poll, which would do so too, but may come
+  // late. True if anything was sent.
+  bool Flush();
 
   // Waits until every shard is reached or found unreachable. Returns how many are reached.
   size_t WaitConnected(Duration at_most);

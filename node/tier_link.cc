@@ -127,6 +127,7 @@ void TierLink::Lookup(std::span<const BlockKey> chain, LookupDone done) {
   // The lease holds what was found until it is fetched.
   const OpId op = connection_->client().Lookup(chain, timeout_, now + timeout_, now);
   operations_[op] = std::move(operation);
+  connection_->Flush();
 }
 
 bool TierLink::FetchTakes(size_t blocks, uint64_t bytes) const {
@@ -177,6 +178,7 @@ bool TierLink::Fetch(std::span<const BlockFetch> blocks, FetchDone done) {
     operation->arrivals.emplace_back(block_class_, fetch.block, fetch.tokens, fetch.position);
   }
   operations_[connection_->client().Fetch(std::move(request), now)] = std::move(operation);
+  connection_->Flush();
   return true;
 }
 
