@@ -12,6 +12,12 @@ find_package(ZLIB REQUIRED)
 pkg_check_modules(ZMQ REQUIRED IMPORTED_TARGET libzmq)
 pkg_check_modules(ZSTD REQUIRED IMPORTED_TARGET libzstd)
 pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
+# Debian's libxxhash has the loops of every x86-64 behind the plain names, and those of all instruction
+# sets, chosen at run time, behind names of their own.
+include(CheckCXXSymbolExists)
+set(CMAKE_REQUIRED_LIBRARIES PkgConfig::XXHASH)
+check_cxx_symbol_exists(XXH3_64bits_dispatch xxh_x86dispatch.h KV_XXHASH_DISPATCHES)
+unset(CMAKE_REQUIRED_LIBRARIES)
 pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
 pkg_check_modules(UTF8PROC REQUIRED IMPORTED_TARGET libutf8proc)
 
