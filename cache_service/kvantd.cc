@@ -30,6 +30,7 @@ struct Flags {
   std::string memory = "512MiB";
   std::string expected_block = "16KiB";
   std::string log_level = "info";
+  bool populate = false;
   bool no_shm = false;
 };
 
@@ -64,6 +65,7 @@ int Run(const Flags& flags) {
   ShardHostOptions options;
   options.memory_bytes = *memory;
   options.expected_block_bytes = *block;
+  options.populate = flags.populate;
   Result<std::unique_ptr<ShardHost>> host = ShardHost::Create(transport->get(), options);
   if (!host.ok())
     return Complain(InvalidArgument("--memory {}: {}", flags.memory, host.status().message()));
@@ -99,6 +101,9 @@ int Main(int argc, char** argv) {
   app.add_option("--expected-block", flags.expected_block,
                  "Average block size down to which the index has room. Smaller costs more index.")
       ->capture_default_str();
+  app.add_flag("--populate", flags.populate,
+               "Take all of the memory at start, not where blocks first fill it: puts of a new shard "
+               "are faster.");
   app.add_flag("--no-shm", flags.no_shm,
                "Serve processes of this host over tcp as well, not over shared memory.");
   app.add_option("--log-level", flags.log_level, "How much to log on stderr.")

@@ -202,7 +202,8 @@ ShardHostOptions HostOptions(const ServiceBenchOptions& options) {
   const uint64_t largest =
       *std::max_element(options.sizes_bytes.begin(), options.sizes_bytes.end());
   return {.memory_bytes = (uint64_t{16} << 20) + most * 4096 + 4 * kBlocksToGet * largest,
-          .expected_block_bytes = 1024};
+          .expected_block_bytes = 1024,
+          .populate = true};  // as of a shard that has been full once
 }
 
 // server_turn: of a server on this thread.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstring>
 #include <new>
 #include <utility>
 
@@ -38,6 +39,7 @@ Result<std::unique_ptr<ShardHost>> ShardHost::Create(Transport* transport,
                       "this machine does not give {} bytes; ask for less", plan.arena_bytes);
   }
   const std::span<std::byte> arena(host->memory_.get(), plan.arena_bytes);
+  if (options.populate) std::memset(arena.data(), 0, arena.size());
   KV_ASSIGN_OR_RETURN(host->region_, transport->Register(arena));
   ShardServerOptions server;
   server.store.arena = arena;

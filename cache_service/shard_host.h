@@ -23,6 +23,9 @@ struct ShardHostOptions {
   // How small the average block may be before the index is full and not the memory.
   uint64_t expected_block_bytes = uint64_t{16} << 10;
   double user_pin_share = 0.25;  // of the memory that user pins may hold
+  // Touches all of the memory at start: else who puts what fills it first waits for the kernel to
+  // find pages, as long as for the bytes.
+  bool populate = false;
 };
 
 // Single-owner; borrows the transport.

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
+#include <fstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -52,7 +54,7 @@ class Daemon {
     close(err_);
   }
 
-  std::string ReadLine() {
+  std::string ReadLine() const {
     std::string line;
     char c = 0;
     while (read(out_, &c, 1) == 1 && c != '\n') line += c;
@@ -64,6 +66,14 @@ class Daemon {
     for (ssize_t got = 0; (got = read(err_, piece, sizeof(piece))) > 0;)
       text.append(piece, static_cast<size_t>(got));
     return text;
+  }
+  // Of its memory, bytes that it has touched.
+  uint64_t ResidentBytes() const {
+    std::ifstream statm("/proc/" + std::to_string(pid_) + "/statm");
+    uint64_t total = 0;
+    uint64_t resident = 0;
+    statm >> total >> resident;
+    return resident * static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
   }
   void Signal(int signal) { kill(pid_, signal); }
   int ExitCode() {
@@ -96,6 +106,17 @@ TEST(Kvantd, SaysWhenItIsReadyAndEndsCleanly) {
     EXPECT_EQ(daemon.ExitCode(), 0);
     EXPECT_EQ(daemon.ReadLine(), "");
     EXPECT_NE(daemon.Errors().find("kvantd stats {"), std::string::npos);
+  }
+}
+
+TEST(Kvantd, TakesAllOfItsMemoryAtStartIfTold) {
+  constexpr uint64_t kMemory = uint64_t{256} << 20;
+  for (const bool populate : {false, true}) {
+    std::vector<std::string> flags = {"--listen", "tcp://127.0.0.1:0", "--memory", "256MiB"};
+    if (populate) flags.emplace_back("--populate");
+    const Daemon daemon(std::move(flags));
+    daemon.ReadLine();
+    EXPECT_EQ(daemon.ResidentBytes() > kMemory * 9 / 10, populate);
   }
 }
 

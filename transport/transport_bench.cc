@@ -328,6 +328,10 @@ Status RunRows(std::string_view backend, const TransportBenchOptions& options, A
     const auto rate = [](const Sample& sample) {
       return sample.seconds > 0 ? static_cast<double>(sample.bytes) / sample.seconds / 1e9 : 0;
     };
+    const auto cpu_s_per_gib = [](const Sample& sample) {
+      return sample.cpu_seconds * static_cast<double>(kGiB) /
+             static_cast<double>(std::max<uint64_t>(sample.bytes, 1));
+    };
     TransportBenchRow row;
     row.backend = backend;
     row.op = shape.get ? "get" : "put";
@@ -336,10 +340,10 @@ Status RunRows(std::string_view backend, const TransportBenchOptions& options, A
     row.latency_us_p50 = Percentile(&our_sample.latencies_us, 0.50);
     row.latency_us_p99 = Percentile(&our_sample.latencies_us, 0.99);
     row.gb_per_s = rate(our_sample);
-    row.cpu_s_per_gib = our_sample.cpu_seconds * static_cast<double>(kGiB) /
-                        static_cast<double>(std::max<uint64_t>(our_sample.bytes, 1));
+    row.cpu_s_per_gib = cpu_s_per_gib(our_sample);
     row.plain_gb_per_s = rate(plain_sample);
     row.plain_latency_us_p50 = Percentile(&plain_sample.latencies_us, 0.50);
+    row.plain_cpu_s_per_gib = cpu_s_per_gib(plain_sample);
     rows->push_back(row);
   }
   return OkStatus();

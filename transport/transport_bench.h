@@ -36,6 +36,7 @@ struct TransportBenchRow {
   double cpu_s_per_gib = 0;  // user and system time of both sides
   double plain_gb_per_s = 0;
   double plain_latency_us_p50 = 0;
+  double plain_cpu_s_per_gib = 0;
 };
 
 // Rank 1 of an mpi run and ranks above get no rows.
