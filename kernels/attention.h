@@ -69,7 +69,7 @@ void InitPartials(const QueryBlock& block, int value_dim);
 // tile's tokens, each channel's factor is off by at most s / 32512, each weight by w / 32512. Of
 // queries and keys of normal numbers, results are off by less than kTileAttentionError of the
 // largest one.
-inline constexpr double kTileAttentionError = 0x1p-12;
+inline constexpr double kTileAttentionError = 0x1p-11;
 // `next`: the tile that is attended after this one, brought nearer meanwhile; nullptr: not known.
 void AttendTile(const QueryBlock& block, const LayerTile& tile, const Visible& visible = {},
                 const LayerTile* next = nullptr);
