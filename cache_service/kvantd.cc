@@ -66,6 +66,7 @@ int Run(const Flags& flags) {
   options.memory_bytes = *memory;
   options.expected_block_bytes = *block;
   options.populate = flags.populate;
+  if (flags.populate) spdlog::info("taking {}", flags.memory);
   Result<std::unique_ptr<ShardHost>> host = ShardHost::Create(transport->get(), options);
   if (!host.ok())
     return Complain(InvalidArgument("--memory {}: {}", flags.memory, host.status().message()));
@@ -101,9 +102,10 @@ int Main(int argc, char** argv) {
   app.add_option("--expected-block", flags.expected_block,
                  "Average block size down to which the index has room. Smaller costs more index.")
       ->capture_default_str();
-  app.add_flag("--populate", flags.populate,
-               "Take all of the memory at start, not where blocks first fill it: puts of a new shard "
-               "are faster.");
+  app.add_flag(
+      "--populate", flags.populate,
+      "Take all of the memory at start, which lasts a second or more for each GiB, not where "
+      "blocks first fill it: puts of a new shard are faster.");
   app.add_flag("--no-shm", flags.no_shm,
                "Serve processes of this host over tcp as well, not over shared memory.");
   app.add_option("--log-level", flags.log_level, "How much to log on stderr.")

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/check.h"
+#include "transport/tcp_socket.h"
 
 namespace kvant {
 namespace {
@@ -39,8 +40,9 @@ Result<ShardMap> StaticShardMap(std::string_view comma_separated_addresses) {
           "tcp://127.0.0.1:7070, separated by commas",
           comma_separated_addresses);
     }
-    if ((!address.starts_with("tcp://") && !address.starts_with("verbs://")) ||
-        address.find_first_of(" \t\n") != std::string_view::npos) {
+    const bool verbs = address.starts_with("verbs://");
+    if (address.find_first_of(" \t\n") != std::string_view::npos ||
+        !tcp::ParseAddress(address, verbs ? "verbs" : "tcp").ok()) {
       return InvalidArgument(
           "'{}' is not a shard's address; expected something like tcp://127.0.0.1:7070 (one on "
           "this host is reached over shared memory by itself) or verbs://HOST:7070",

@@ -320,10 +320,10 @@ Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv)
   KV_ASSIGN_OR_RETURN(const std::vector<TransportBenchRow> rows, RunTransportBench(bench));
   if (session != nullptr && session->rank() != 0) return 0;
   Json json = Json::array();
-  std::printf("%-9s %-4s %9s %4s %10s %10s %8s %8s %7s %9s %8s\n", "backend", "op", "bytes", "out",
-              "p50 us", "p99 us", "GB/s", "plain", "ratio", "cpu s/GiB", "plain");
+  std::printf("%-9s %-4s %9s %4s %10s %10s %8s %8s %7s %9s %9s\n", "backend", "op", "bytes", "out",
+              "p50 us", "p99 us", "GB/s", "plain", "ratio", "cpu s/GiB", "plain cpu");
   for (const TransportBenchRow& row : rows) {
-    std::printf("%-9s %-4s %9llu %4u %10.1f %10.1f %8.2f %8.2f %6.0f%% %9.3f %8.3f\n",
+    std::printf("%-9s %-4s %9llu %4u %10.1f %10.1f %8.2f %8.2f %6.0f%% %9.3f %9.3f\n",
                 row.backend.c_str(), row.op.c_str(),
                 static_cast<unsigned long long>(row.size_bytes), row.outstanding,
                 row.latency_us_p50, row.latency_us_p99, row.gb_per_s, row.plain_gb_per_s,

@@ -4,6 +4,7 @@
 #include <spdlog/spdlog.h>
 
 #include <CLI/CLI.hpp>
+#include <cmath>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -67,15 +68,26 @@ std::string UnknownCommand(const CLI::App& app, int argc, char** argv) {
   return "";
 }
 
-// A number that is at least 0, without CLI11's range of 300 digits in the error.
-CLI::Validator AtLeastNothing() {
+// As a variable of a shell is that was never set.
+CLI::Validator NotEmpty() {
   return {[](const std::string& text) {
+            return std::string(text.empty() ? "give a value, or leave the option out" : "");
+          },
+          ""};
+}
+
+// A number that is at least 0, or above it, without CLI11's range of 300 digits in the error.
+CLI::Validator Finite(bool zero_too) {
+  return {[zero_too](const std::string& text) {
             try {
               size_t end = 0;
-              if (std::stod(text, &end) >= 0 && end == text.size()) return std::string();
+              const double number = std::stod(text, &end);
+              const bool fits = std::isfinite(number) && (zero_too ? number >= 0 : number > 0);
+              if (fits && end == text.size()) return std::string();
             } catch (const std::exception&) {
             }
-            return "give a number of at least 0, not '" + text + "'";
+            return fmt::format("give a number {} 0, not '{}'", zero_too ? "of at least" : "above",
+                               text);
           },
           "NUMBER"};
 }
@@ -131,7 +143,7 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
           "--max-kl", node->max_kl,
           "The most that reading may cost, nats a token: of the cuts that keep it each fetch reads "
           "the one that gives the first token soonest")
-      ->check(AtLeastNothing());
+      ->check(Finite(true));
   command->add_option("--domain", node->domains,
                       "DOMAIN=tenant,tenant,...: tenants that share blocks (default: each alone)");
   command->add_option("--secret-file", node->secret_file,
@@ -152,12 +164,12 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
   command
       ->add_option("--tier-timeout", node->tier_timeout_s,
                    "Seconds until a shard that does not answer is given up")
-      ->check(CLI::PositiveNumber)
+      ->check(Finite(false))
       ->capture_default_str();
   command
       ->add_option("--fetch-budget-ms", node->fetch_budget_ms,
                    "--wire auto without --max-kl: reads the most that is fetched within this time")
-      ->check(CLI::PositiveNumber)
+      ->check(Finite(false))
       ->capture_default_str();
 }
 
@@ -260,10 +272,12 @@ int Main(int argc, char** argv) {
       ->add_option("--transport", run.transport,
                    "Between ranks of mpirun: mpi, tcp, shm (and tcp between hosts), verbs or auto")
       ->capture_default_str();
-  run_command->add_option(
-      "--cache", run.cache,
-      "kvantd shards: tcp://HOST:PORT,... or verbs://... (default: in this process, or the "
-      "cache ranks under mpirun)");
+  run_command
+      ->add_option(
+          "--cache", run.cache,
+          "kvantd shards: tcp://HOST:PORT,... or verbs://... (default: in this process, or the "
+          "cache ranks under mpirun)")
+      ->check(NotEmpty());
   run_command->add_flag("--no-cache", run.no_cache, "Compute every prompt whole");
   AddBytes(run_command, "--cache-memory", &run.cache_memory_bytes,
            "Of each shard that this run hosts (default 512MiB)");
@@ -298,9 +312,10 @@ int Main(int argc, char** argv) {
       ->capture_default_str();
   generate_command->add_option("--stop", generate.request.stop, "Text that ends the answer");
   generate_command->add_option("--tenant", generate.request.tenant, "Whose blocks these are");
-  generate_command->add_option(
-      "--cache", generate.cache,
-      "kvantd shards: tcp://HOST:PORT,... or verbs://... (default: in this process)");
+  generate_command
+      ->add_option("--cache", generate.cache,
+                   "kvantd shards: tcp://HOST:PORT,... or verbs://... (default: in this process)")
+      ->check(NotEmpty());
   generate_command->add_flag("--no-cache", generate.no_cache, "Compute the prompt whole");
   AddBytes(generate_command, "--cache-memory", &generate.cache_memory_bytes,
            "Of the shard in this process (default 512MiB)");
@@ -370,14 +385,14 @@ int Main(int argc, char** argv) {
        {bench_transport, bench_verbs, bench_service, bench_kernels, bench_node}) {
     command->add_option("--json", bench.json, "File that the rows go to");
     command->add_option("--seconds", bench.seconds_per_row, "Time for each row")
-        ->check(CLI::PositiveNumber)
+        ->check(Finite(false))
         ->capture_default_str();
   }
   bench_transport->add_option("--backend", bench.backends,
                               "loopback, shm, tcp, verbs or mpi (default: all that can be used)");
   for (CLI::App* command : {bench_transport, bench_verbs}) {
     command->add_option("--poll-us", bench.poll_us, "Polling before our sides sleep")
-        ->check(CLI::NonNegativeNumber)
+        ->check(Finite(true))
         ->capture_default_str();
     command->add_option("--bytes", bench.sizes_bytes, "Sizes of transfers")
         ->delimiter(',')

@@ -184,10 +184,13 @@ void NodeRuntime::Drain() {
     if (!tier_->Poll()) tier_->Wait(std::chrono::milliseconds(1));
   }
   if (tier_->stats().put_failed != 0) {
+    const Status& last = tier_->stats().put_failure;
     spdlog::warn(
-        "{} blocks could not be stored in the tier; whoever needs them computes them. Where shards "
-        "are full, give them more memory. The last one: {}",
-        tier_->stats().put_failed, tier_->stats().put_failure.message());
+        "{} blocks could not be stored in the tier; whoever needs them computes them.{} The last "
+        "one: {}",
+        tier_->stats().put_failed,
+        last.code() == StatusCode::kResourceExhausted ? " Give the shards more memory." : "",
+        last.message());
   }
 }
 

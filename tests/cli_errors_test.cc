@@ -95,6 +95,8 @@ TEST_F(CliErrors, OfFlags) {
   ExpectGenerate({"--secret-file", "/nowhere/secret"}, 2, {"/nowhere/secret"});
   ExpectGenerate({"--secret-file", Write("short", "abc")}, 2, {"16"});
   ExpectGenerate({"--cache", "127.0.0.1:7070"}, 2, {"127.0.0.1:7070"});
+  ExpectGenerate({"--cache", "tcp://127.0.0.1:99999"}, 2, {"tcp://127.0.0.1:99999"});
+  ExpectGenerate({"--cache", ""}, 2, {"--cache", "leave the option out"});
   ExpectGenerate({"--cache", "tcp://127.0.0.1:1", "--no-cache"}, 2, {"--no-cache"});
   ExpectGenerate({"--temperature", "9"}, 2, {"--temperature"});
   ExpectGenerate({"--top-p", "0"}, 2, {"top_p"});
@@ -108,6 +110,8 @@ TEST_F(CliErrors, OfFlags) {
   Expect({}, 2, {"subcommand"});
   Expect({"dance"}, 2, {"no command 'dance'", "generate"});
   Expect({"bench", "dance"}, 2, {"no command 'dance'", "service"});
+  for (const char* seconds : {"nan", "0", "-1", "soon"})
+    Expect({"bench", "service", "--seconds", seconds}, 2, {"--seconds", "above 0", seconds});
   Expect({}, 2, {"subcommand"});
 }
 
