@@ -4,8 +4,9 @@
 //
 //   mpirun -np 2 mpi_bench SIZE OUTSTANDING SECONDS
 //
-// Prints one JSON object for get and one for put of each. One-sided operations are begun together,
-// as many as OUTSTANDING says, and end with one flush: nothing else says that a put has arrived.
+// Prints one JSON object for get and one for put of each. The values are OUTSTANDING of them, again
+// and again, as in `kvant bench transport`. One-sided operations are begun together, as many as
+// OUTSTANDING says, and end with one flush: nothing else says that a put has arrived.
 #include <mpi.h>
 
 #include <algorithm>
@@ -16,7 +17,6 @@
 
 namespace {
 
-constexpr int kKeys = 64;
 constexpr int kClient = 0;
 constexpr int kServer = 1;
 constexpr int kNotes = 1;       // tag of what is asked
@@ -24,14 +24,13 @@ constexpr int kFirstSlot = 10;  // tag of the first slot's value or answer
 
 struct Note {
   enum Kind : int { kGet, kPut, kEnd } kind;
-  int key;
   int slot;
 };
 
 // The other end of two-sided operations, until it is told to end.
 void Serve(std::vector<char>* values, int size) {
-  const auto of_key = [&](int key) {
-    return values->data() + static_cast<size_t>(key) * static_cast<size_t>(size);
+  const auto of_slot = [&](int slot) {
+    return values->data() + static_cast<size_t>(slot) * static_cast<size_t>(size);
   };
   std::deque<MPI_Request> sent;
   while (true) {
@@ -39,10 +38,10 @@ void Serve(std::vector<char>* values, int size) {
     MPI_Recv(&note, sizeof(note), MPI_BYTE, kClient, kNotes, MPI_COMM_WORLD, MPI_STATUS_IGNORE);
     if (note.kind == Note::kGet) {
       sent.emplace_back();
-      MPI_Isend(of_key(note.key), size, MPI_BYTE, kClient, kFirstSlot + note.slot, MPI_COMM_WORLD,
+      MPI_Isend(of_slot(note.slot), size, MPI_BYTE, kClient, kFirstSlot + note.slot, MPI_COMM_WORLD,
                 &sent.back());
     } else if (note.kind == Note::kPut) {
-      MPI_Recv(of_key(note.key), size, MPI_BYTE, kClient, kFirstSlot + note.slot, MPI_COMM_WORLD,
+      MPI_Recv(of_slot(note.slot), size, MPI_BYTE, kClient, kFirstSlot + note.slot, MPI_COMM_WORLD,
                MPI_STATUS_IGNORE);
       MPI_Send(nullptr, 0, MPI_BYTE, kClient, kFirstSlot + note.slot, MPI_COMM_WORLD);
     }
@@ -92,7 +91,7 @@ void MeasureTwoSided(bool get, int size, int outstanding, double seconds) {
       const int number = static_cast<int>(asked % slots.size());
       Slot& slot = slots[static_cast<size_t>(number)];
       slot.asked = MPI_Wtime();
-      const Note note = {get ? Note::kGet : Note::kPut, static_cast<int>(asked % kKeys), number};
+      const Note note = {get ? Note::kGet : Note::kPut, number};
       if (get) {
         MPI_Irecv(slot.value.data(), size, MPI_BYTE, kServer, kFirstSlot + number, MPI_COMM_WORLD,
                   &slot.of_value);
@@ -125,7 +124,7 @@ void MeasureOneSided(bool get, int size, int outstanding, double seconds, MPI_Wi
   while (MPI_Wtime() - begun < seconds) {
     const double asked = MPI_Wtime();
     for (std::vector<char>& value : values) {
-      const MPI_Aint at = static_cast<MPI_Aint>(key++ % kKeys) * size;
+      const MPI_Aint at = static_cast<MPI_Aint>(key++ % outstanding) * size;
       if (get) {
         MPI_Get(value.data(), size, MPI_BYTE, kServer, at, size, MPI_BYTE, window);
       } else {
@@ -146,23 +145,24 @@ int main(int argc, char** argv) {
   int ranks = 0;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &ranks);
-  if (argc != 4 || ranks != 2) {
+  const int size = argc == 4 ? std::atoi(argv[1]) : 0;
+  const int outstanding = argc == 4 ? std::atoi(argv[2]) : 0;
+  const double seconds = argc == 4 ? std::atof(argv[3]) : 0;
+  if (ranks != 2 || size <= 0 || outstanding <= 0 || !(seconds > 0)) {
     if (rank == 0) std::fprintf(stderr, "usage: mpirun -np 2 mpi_bench SIZE OUTSTANDING SECONDS\n");
     MPI_Finalize();
     return 2;
   }
-  const int size = std::atoi(argv[1]);
-  const int outstanding = std::atoi(argv[2]);
-  const double seconds = std::atof(argv[3]);
   std::vector<char> values;
-  if (rank == kServer) values.assign(static_cast<size_t>(kKeys) * static_cast<size_t>(size), 'v');
+  if (rank == kServer)
+    values.assign(static_cast<size_t>(outstanding) * static_cast<size_t>(size), 'v');
 
   for (const bool get : {true, false}) {
     if (rank == kServer) {
       Serve(&values, size);
     } else {
       MeasureTwoSided(get, size, outstanding, seconds);
-      const Note end = {Note::kEnd, 0, 0};
+      const Note end = {Note::kEnd, 0};
       MPI_Send(&end, sizeof(end), MPI_BYTE, kServer, kNotes, MPI_COMM_WORLD);
     }
   }
