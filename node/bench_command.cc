@@ -323,12 +323,11 @@ Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv)
   std::printf("%-9s %-4s %9s %4s %10s %10s %8s %8s %7s %9s %9s\n", "backend", "op", "bytes", "out",
               "p50 us", "p99 us", "GB/s", "plain", "ratio", "cpu s/GiB", "plain cpu");
   for (const TransportBenchRow& row : rows) {
-    std::printf("%-9s %-4s %9llu %4u %10.1f %10.1f %8.2f %8.2f %6.0f%% %9.3f %9.3f\n",
-                row.backend.c_str(), row.op.c_str(),
-                static_cast<unsigned long long>(row.size_bytes), row.outstanding,
-                row.latency_us_p50, row.latency_us_p99, row.gb_per_s, row.plain_gb_per_s,
-                100 * row.gb_per_s / row.plain_gb_per_s, row.cpu_s_per_gib,
-                row.plain_cpu_s_per_gib);
+    std::printf(
+        "%-9s %-4s %9llu %4u %10.1f %10.1f %8.2f %8.2f %6.0f%% %9.3f %9.3f\n", row.backend.c_str(),
+        row.op.c_str(), static_cast<unsigned long long>(row.size_bytes), row.outstanding,
+        row.latency_us_p50, row.latency_us_p99, row.gb_per_s, row.plain_gb_per_s,
+        100 * row.gb_per_s / row.plain_gb_per_s, row.cpu_s_per_gib, row.plain_cpu_s_per_gib);
     json.push_back({{"backend", row.backend},
                     {"op", row.op},
                     {"size_bytes", row.size_bytes},

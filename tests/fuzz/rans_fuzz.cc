@@ -58,8 +58,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   decode.Assign(found.tables);
   // A buffer of its own, so that a sanitizer sees a read behind it.
   const Bytes stream(left.begin(), left.end());
-  // A stream may be refused before a symbol of it is decoded: those that stand there until then have
-  // a frequency, too.
+  // A stream may be refused before a symbol of it is decoded: those that stand there until then
+  // have a frequency, too.
   std::vector<uint8_t> first(count);
   for (size_t i = 0; i < count; ++i) {
     const RansTable& table = found.tables[tables > 1 ? found.table_of_symbol[i] : 0];
