@@ -2,7 +2,7 @@
 
 #include <xxhash.h>
 #if defined(KV_XXHASH_DISPATCHES)
-#include <xxh_x86dispatch.h>
+#include <xxh_x86dispatch.h>  // makes XXH3_64bits choose the widest registers that are here
 #endif
 
 #include <algorithm>
@@ -185,12 +185,7 @@ std::vector<size_t> SelectedIndices(const BlockManifest& manifest, const Selecti
 }  // namespace
 
 uint64_t PayloadChecksum(std::span<const std::byte> bytes) {
-#if defined(KV_XXHASH_DISPATCHES)
-  // The same number, by the widest registers that are here.
-  return XXH3_64bits_dispatch(bytes.data(), bytes.size());
-#else
   return XXH3_64bits(bytes.data(), bytes.size());
-#endif
 }
 
 Selection SelectAll() {

@@ -24,7 +24,7 @@ struct ShardHostOptions {
   uint64_t expected_block_bytes = uint64_t{16} << 10;
   double user_pin_share = 0.25;  // of the memory that user pins may hold
   // Touches all of the memory at start: else who puts what fills it first waits for the kernel to
-  // find pages, as long as for the bytes.
+  // find pages, often longer than for the bytes.
   bool populate = false;
 };
 

@@ -76,8 +76,8 @@ CLI::Validator NotEmpty() {
           ""};
 }
 
-// A number that is at least 0, or above it, without CLI11's range of 300 digits in the error.
-CLI::Validator Finite(bool zero_too) {
+// A finite number, without CLI11's range of 300 digits in the error.
+CLI::Validator Number(bool zero_too) {
   return {[zero_too](const std::string& text) {
             try {
               size_t end = 0;
@@ -91,6 +91,8 @@ CLI::Validator Finite(bool zero_too) {
           },
           "NUMBER"};
 }
+CLI::Validator AtLeastZero() { return Number(true); }
+CLI::Validator AboveZero() { return Number(false); }
 
 void AddWeights(CLI::App* command, std::string* weights) {
   command
@@ -143,7 +145,7 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
           "--max-kl", node->max_kl,
           "The most that reading may cost, nats a token: of the cuts that keep it each fetch reads "
           "the one that gives the first token soonest")
-      ->check(Finite(true));
+      ->check(AtLeastZero());
   command->add_option("--domain", node->domains,
                       "DOMAIN=tenant,tenant,...: tenants that share blocks (default: each alone)");
   command->add_option("--secret-file", node->secret_file,
@@ -164,12 +166,12 @@ void AddNodeOptions(CLI::App* command, NodeOptions* node) {
   command
       ->add_option("--tier-timeout", node->tier_timeout_s,
                    "Seconds until a shard that does not answer is given up")
-      ->check(Finite(false))
+      ->check(AboveZero())
       ->capture_default_str();
   command
       ->add_option("--fetch-budget-ms", node->fetch_budget_ms,
                    "--wire auto without --max-kl: reads the most that is fetched within this time")
-      ->check(Finite(false))
+      ->check(AboveZero())
       ->capture_default_str();
 }
 
@@ -385,14 +387,14 @@ int Main(int argc, char** argv) {
        {bench_transport, bench_verbs, bench_service, bench_kernels, bench_node}) {
     command->add_option("--json", bench.json, "File that the rows go to");
     command->add_option("--seconds", bench.seconds_per_row, "Time for each row")
-        ->check(Finite(false))
+        ->check(AboveZero())
         ->capture_default_str();
   }
   bench_transport->add_option("--backend", bench.backends,
                               "loopback, shm, tcp, verbs or mpi (default: all that can be used)");
   for (CLI::App* command : {bench_transport, bench_verbs}) {
     command->add_option("--poll-us", bench.poll_us, "Polling before our sides sleep")
-        ->check(Finite(true))
+        ->check(AtLeastZero())
         ->capture_default_str();
     command->add_option("--bytes", bench.sizes_bytes, "Sizes of transfers")
         ->delimiter(',')

@@ -20,7 +20,6 @@ TEST(TransportBench, FillsEveryRow) {
     EXPECT_GE(row.latency_us_p99, row.latency_us_p50);
     EXPECT_GT(row.plain_latency_us_p50, 0);
     EXPECT_GE(row.cpu_s_per_gib, 0);
-    EXPECT_GE(row.plain_cpu_s_per_gib, 0);
     std::printf(
         "%-8s %s %8lu x%-2u p50 %8.1f p99 %8.1f us %6.2f GB/s %6.2f cpu s/GiB, plain %6.2f "
         "GB/s %8.1f us, %3.0f %%\n",
