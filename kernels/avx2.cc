@@ -30,6 +30,7 @@
 namespace kvant::kernels {
 namespace {
 #include "kernels/loops.inc"
+#include "kernels/not_zero.inc"
 #include "kernels/ordered_gemm_avx2.inc"
 #include "kernels/ordered_gemm_loops.inc"
 #include "kernels/quad_dot_avx2.inc"
@@ -54,10 +55,26 @@ bool RunsHere() {
 }  // namespace
 
 const Implementation kAvx2 = {
-    "avx2",          RunsHere,           TileEncode,        TileDecode,    AttendTileAny,
-    AttendRawTokens, OrderedMultiplyAll, OrderedAddSparse,  FactorRowsAll, CodedMultiplyAll,
-    RmsNormRows,     GateAll<Silu>,      GateAll<GeluTanh>, SoftmaxAll,    RansEncodeAll,
-    RansDecodeWide,  LosslessTops,       LosslessSplit,     LosslessMerge,
+    "avx2",
+    RunsHere,
+    TileEncode,
+    TileDecode,
+    AttendTileAny,
+    AttendRawTokens,
+    OrderedMultiplyAll,
+    OrderedAddSparse,
+    FactorRowsAll,
+    CodedMultiplyAll,
+    RmsNormRows,
+    GateAll<Silu>,
+    GateAll<GeluTanh>,
+    SoftmaxAll,
+    RansEncodeAll,
+    RansDecodeWide,
+    NotZero,
+    LosslessTops,
+    LosslessSplit,
+    LosslessMerge,
 };
 
 }  // namespace kvant::kernels

@@ -34,6 +34,7 @@
 namespace kvant::kernels {
 namespace {
 #include "kernels/loops.inc"
+#include "kernels/not_zero_avx512.inc"
 #include "kernels/ordered_gemm_avx512.inc"
 #include "kernels/ordered_gemm_loops.inc"
 #include "kernels/quad_dot_avx2.inc"
@@ -59,10 +60,11 @@ bool RunsHere() {
 }  // namespace
 
 const Implementation kAvx512 = {
-    "avx512",        RunsHere,           TileEncode,        TileDecode,    AttendTileAny,
-    AttendRawTokens, OrderedMultiplyAll, OrderedAddSparse,  FactorRowsAll, CodedMultiplyAll,
-    RmsNormRows,     GateAll<Silu>,      GateAll<GeluTanh>, SoftmaxAll,    RansEncodeWide,
-    RansDecodeWide,  LosslessTops,       LosslessSplit,     LosslessMerge,
+    "avx512",          RunsHere,         TileEncode,         TileDecode,
+    AttendTileAny,     AttendRawTokens,  OrderedMultiplyAll, OrderedAddSparse,
+    FactorRowsAll,     CodedMultiplyAll, RmsNormRows,        GateAll<Silu>,
+    GateAll<GeluTanh>, SoftmaxAll,       RansEncodeWide,     RansDecodeWide,
+    NotZero,           LosslessTops,     LosslessSplit,      LosslessMerge,
 };
 
 }  // namespace kvant::kernels

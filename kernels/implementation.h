@@ -31,7 +31,7 @@ struct Implementation {
   void (*attend_raw)(const QueryBlock&, const RawTokens&, const Visible&);
   // As ordered_gemm.h says.
   void (*ordered_multiply)(const OrderedProduct&);
-  void (*ordered_add_sparse)(const OrderedWeights&, const SparseRows& x, float* out);
+  void (*ordered_add_sparse)(const OrderedWeights&, const SparseTerms& x, float* out);
   // x[rows][inputs] as whole numbers, and a product of such.
   void (*factor_rows)(const float* x, int rows, int inputs, const CodedRows& to);
   void (*coded_multiply)(const CodedProduct&);
@@ -52,6 +52,9 @@ struct Implementation {
   size_t (*rans_decode)(const uint32_t* entries, const uint8_t* table_of_symbol,
                         const std::byte* from, size_t size, uint8_t* symbols, size_t count,
                         uint32_t* state);
+  // Writes the ascending indices of the bytes[count] that are not 0 to `at`, which has room for all
+  // of them and 32 more. Returns how many they are. REQUIRES: count <= 65536.
+  size_t (*not_zero)(const uint8_t* bytes, size_t count, uint16_t* at);
   // The largest exponent of each row of raw[rows][width].
   void (*lossless_tops)(const uint16_t* raw, size_t rows, size_t width, uint8_t* tops);
   // Symbols, pairs of them, and signs and mantissas of raw[rows][width], an even number of

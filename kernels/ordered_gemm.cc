@@ -17,6 +17,8 @@ namespace {
 constexpr double kDense = 0.55;
 // Inputs that must be saved for two products to be worth it.
 constexpr double kWorthwhile = 4;
+// Terms to an input from which on its weights are worth fetching ahead.
+constexpr double kFetched = 2;
 
 bool AllBf16(const float* weights, size_t count) {
   uint32_t lost = 0;
@@ -219,34 +221,39 @@ void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x, floa
   size_t dense = 0;
   double most = 0;
   double saved = 0;
+  size_t end = 0;  // behind the last one that a row has
   for (size_t input = 0; input < terms_of.size(); ++input) {
+    if (terms_of[input] != 0) end = input + 1;
     saved += terms_of[input] - kDense * static_cast<double>(x.rows());
     if (saved <= most) continue;
     most = saved;
     dense = input + 1;
   }
+  SparseTerms terms(x);
+  size_t left = x.terms();
+  thread_local std::vector<float> dense_x;    // [rows][dense]
+  thread_local std::vector<uint32_t> behind;  // [rows], the first term that is not in it
   if (most < kWorthwhile * static_cast<double>(x.rows())) {
-    ActiveImplementation().ordered_add_sparse(weights, x, out);
-    return;
-  }
-  thread_local std::vector<float> first;
-  thread_local SparseRows rest;
-  first.assign(x.rows() * dense, 0);
-  rest.Clear();
-  for (size_t r = 0; r < x.rows(); ++r) {
-    for (size_t t = x.begin()[r]; t < x.begin()[r + 1]; ++t) {
-      const size_t input = x.inputs()[t];
-      if (input < dense) {
-        first[r * dense + input] = x.factors()[t];
-      } else {
-        rest.Add(input, x.factors()[t]);
-      }
+    dense = 0;
+  } else {
+    dense_x.assign(x.rows() * dense, 0);
+    behind.resize(x.rows());
+    for (size_t r = 0; r < x.rows(); ++r) {
+      uint32_t t = x.begin()[r];
+      for (; t < x.begin()[r + 1] && x.inputs()[t] < dense; ++t)
+        dense_x[r * dense + x.inputs()[t]] = x.factors()[t];
+      behind[r] = t;
+      left -= t - x.begin()[r];
     }
-    rest.EndRow();
+    terms.first = behind.data();
+    OrderedMultiplyAdd(weights, dense_x.data(), static_cast<int>(x.rows()), static_cast<int>(dense),
+                       out);
   }
-  OrderedMultiplyAdd(weights, first.data(), static_cast<int>(x.rows()), static_cast<int>(dense),
-                     out);
-  ActiveImplementation().ordered_add_sparse(weights, rest, out);
+  if (left >= kFetched * static_cast<double>(end - dense)) {
+    terms.near_first = dense;
+    terms.near_end = end;
+  }
+  ActiveImplementation().ordered_add_sparse(weights, terms, out);
 }
 
 void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, float* out) {

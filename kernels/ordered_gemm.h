@@ -122,6 +122,14 @@ class SparseRows {
     inputs_.push_back(static_cast<uint16_t>(input));
     factors_.push_back(factor);
   }
+  // The same of several, which the caller writes to where this says.
+  void Append(size_t count, uint16_t** inputs, float** factors) {
+    const size_t held = inputs_.size();
+    inputs_.resize(held + count);
+    factors_.resize(held + count);
+    *inputs = inputs_.data() + held;
+    *factors = factors_.data() + held;
+  }
   void EndRow() { begin_.push_back(static_cast<uint32_t>(inputs_.size())); }
 
   size_t rows() const { return begin_.size() - 1; }
@@ -137,6 +145,24 @@ class SparseRows {
   std::vector<float> factors_;
 };
 inline constexpr int kMostSparseInputs = 1 << 16;
+// Terms of rows as an implementation takes them: of row r those of [first[r], end[r]).
+struct SparseTerms {
+  explicit SparseTerms(const SparseRows& x)
+      : rows(x.rows()),
+        first(x.begin()),
+        end(x.begin() + 1),
+        inputs(x.inputs()),
+        factors(x.factors()) {}
+  size_t rows;
+  const uint32_t* first;
+  const uint32_t* end;
+  const uint16_t* inputs;
+  const float* factors;
+  // Weights of the inputs [near_first, near_end) are fetched before their use: enough terms have
+  // them.
+  size_t near_first = 0;
+  size_t near_end = 0;
+};
 
 // out[x.rows()][outputs] += x W^T, as OrderedMultiplyAdd of rows with zeros in all other places, at
 // the cost of the other terms alone. Only where all of a sum's terms are zeros, the sign of a zero

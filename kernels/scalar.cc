@@ -18,15 +18,17 @@
 namespace kvant::kernels {
 namespace {
 #include "kernels/loops.inc"
+#include "kernels/not_zero.inc"
 #include "kernels/ordered_gemm_scalar.inc"
 #include "kernels/quad_dot_scalar.inc"
 }  // namespace
 
 const Implementation kScalar = {
-    "scalar",        [] { return true; }, TileEncode,        TileDecode,    AttendTileAny,
-    AttendRawTokens, OrderedMultiplyAll,  OrderedAddSparse,  FactorRowsAll, CodedMultiplyAll,
-    RmsNormRows,     GateAll<Silu>,       GateAll<GeluTanh>, SoftmaxAll,    RansEncodeAll,
-    RansDecodeAll,   LosslessTops,        LosslessSplit,     LosslessMerge,
+    "scalar",          [] { return true; }, TileEncode,         TileDecode,
+    AttendTileAny,     AttendRawTokens,     OrderedMultiplyAll, OrderedAddSparse,
+    FactorRowsAll,     CodedMultiplyAll,    RmsNormRows,        GateAll<Silu>,
+    GateAll<GeluTanh>, SoftmaxAll,          RansEncodeAll,      RansDecodeAll,
+    NotZero,           LosslessTops,        LosslessSplit,      LosslessMerge,
 };
 
 }  // namespace kvant::kernels

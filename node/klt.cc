@@ -215,25 +215,47 @@ void KltCoder::Refine(size_t cut, int position, std::span<const KltToken> tokens
     KltValues::Token of = values->At(token);
     const auto add = [&](size_t i) {
       const size_t c = places.coefficient[i];
-      const int32_t level = read.levels[i];
-      const float value = levels_.Value(level, places.At(i)) * step;
+      const float value = levels_.ValueAt(i, read, places) * step;
       if (of.Here(c)) {
         // What refines a level counts away from zero.
         of.Add(c, of.Below(c) ? -value : value);
-      } else if (level != 0) {
+      } else if (const int32_t level = read.Level(i); level != 0) {
         of.Begin(c, value, level < 0);
       }
     };
     // What says nothing and was not found before is passed over, a word at a time.
     const size_t first = places.first[token];
     for (size_t c = 0; c < first; c += kWord) {
-      uint64_t bits = read.Maybe(begin + c) | of.HereWord(c / kWord);
+      uint64_t bits = read.NotZeroWord(begin + c) | of.HereWord(c / kWord);
       if (first - c < kWord) bits &= (uint64_t{1} << (first - c)) - 1;
       for (; bits != 0; bits &= bits - 1)
         add(begin + c + static_cast<size_t>(std::countr_zero(bits)));
     }
     for (size_t i = begin + first; i < places.end[token]; ++i) add(i);
     begin = places.end[token];
+  }
+}
+
+void KltCoder::FirstTerms(int position, std::span<const KltToken> tokens, const KltPlaces& places,
+                          const KltLevelsRead& read, kernels::SparseRows* terms) const {
+  terms->Clear();
+  std::vector<uint16_t> at;  // of a token, less its first
+  size_t begin = 0;
+  for (size_t token = 0; token < kBlockTokens; ++token) {
+    const float step = StepAt(0, position, tokens, token);
+    const size_t end = places.end[token];
+    at.resize(std::max(at.size(), end - begin + KltLevelsRead::kPadding));
+    const size_t count = read.NotZero(begin, end, at.data());
+    uint16_t* input = nullptr;
+    float* factor = nullptr;
+    terms->Append(count, &input, &factor);
+    for (size_t t = 0; t < count; ++t) {
+      const size_t i = begin + at[t];
+      input[t] = places.coefficient[i];
+      factor[t] = levels_.ValueAt(i, read, places) * step;
+    }
+    terms->EndRow();
+    begin = end;
   }
 }
 
@@ -244,13 +266,13 @@ bool KltCoder::IsSource(size_t group) const {
   });
 }
 
-kernels::SparseRows KltCoder::Leading(size_t group, const KltValues& values) const {
+kernels::SparseRows KltCoder::Leading(size_t group, const kernels::SparseRows& first) const {
   const auto count = static_cast<size_t>(SourceCoefficients(transform_.bases[group]));
   kernels::SparseRows leading;
-  for (size_t token = 0; token < kBlockTokens; ++token) {
-    values.ForEach(token, 0, [&](size_t c, float value) {
-      if (c < count) leading.Add(c, value);
-    });
+  for (size_t token = 0; token < first.rows(); ++token) {
+    for (size_t t = first.begin()[token]; t < first.begin()[token + 1]; ++t) {
+      if (first.inputs()[t] < count) leading.Add(first.inputs()[t], first.factors()[t]);
+    }
     leading.EndRow();
   }
   return leading;
@@ -324,8 +346,8 @@ void KltCoder::CodeGroup(size_t group, int position, std::span<const float> left
     Code::OfCut& of = code->cuts[cut];
     PlacesOf(group, cut, position, code->tokens, code->values, &of.places);
     of.rounded.resize(of.places.coded());
-    of.read.levels.resize(of.places.coded());
-    of.read.maybe.assign(of.places.coded() / 64 + 2, 0);
+    of.levels.resize(of.places.coded());
+    of.read.Reset(of.places.coded());
     size_t i = 0;
     for (size_t token = 0; token < kBlockTokens; ++token) {
       const float steps = 1 / StepAt(cut, position, code->tokens, token);
@@ -340,12 +362,16 @@ void KltCoder::CodeGroup(size_t group, int position, std::span<const float> left
         }
         of.rounded[i] = away * steps;
         const int32_t level = levels_.Round(of.rounded[i], of.places.At(i));
-        of.read.levels[i] = level;
-        of.read.maybe[i / 64] |= static_cast<uint64_t>(level != 0) << (i % 64);
+        of.levels[i] = level;
+        of.read.Set(i, level);
       }
     }
     Refine(cut, position, code->tokens, of.places, of.read, &code->values);
-    if (cut == 0) code->first = Leading(group, code->values);
+    if (cut == 0) {
+      kernels::SparseRows terms;
+      FirstTerms(position, code->tokens, of.places, of.read, &terms);
+      code->first = Leading(group, terms);
+    }
     if (watch != nullptr) (*watch)(cut, *code);
   }
 }
@@ -368,7 +394,7 @@ void KltCoder::Encode(const KltSide& side, int position, const Rows& exact,
       if (cut == 0) {
         for (const KltToken token : code.tokens) extent.push_back(ByteOf(token));
       }
-      levels_.Write(code.cuts[cut].read.levels, code.cuts[cut].places, &extent);
+      levels_.Write(code.cuts[cut].levels, code.cuts[cut].places, &extent);
     }
   }
 }
@@ -397,20 +423,25 @@ Result<std::span<const float>> KltReader::Read(
   for (size_t token = 0; token < KltCoder::Sinks(position_); ++token) {
     if (tokens[token] != KltToken()) return DataLoss("a klt block: a sink has a step of its own");
   }
-  values.Reset(kBlockTokens, coder_.Coefficients(group));
+  // A first cut alone is refined by none: its levels are all there is.
+  const bool alone = extents.size() == 1;
+  if (!alone) values.Reset(kBlockTokens, coder_.Coefficients(group));
   const bool predicts = coder_.IsSource(group);
   for (size_t cut = 0; cut < extents.size(); ++cut) {
     coder_.PlacesOf(group, cut, position_, tokens, values, &places);
     const auto coded = cut == 0 ? extents[0].subspan(kBlockTokens) : extents[cut];
     KV_RETURN_IF_ERROR(coder_.levels_.Read(coded, places, &read));
-    coder_.Refine(cut, position_, tokens, places, read, &values);
-    if (cut == 0 && predicts) first_[group] = coder_.Leading(group, values);
+    if (cut == 0 && (alone || predicts)) coder_.FirstTerms(position_, tokens, places, read, &terms);
+    if (cut == 0 && predicts) first_[group] = coder_.Leading(group, terms);
+    if (!alone) coder_.Refine(cut, position_, tokens, places, read, &values);
   }
   coder_.Predict(group, side_, first_, position_, &rows);
-  terms.Clear();
-  for (size_t token = 0; token < kBlockTokens; ++token) {
-    values.ForEach(token, 0, [&of = terms](size_t c, float value) { of.Add(c, value); });
-    terms.EndRow();
+  if (!alone) {
+    terms.Clear();
+    for (size_t token = 0; token < kBlockTokens; ++token) {
+      values.ForEach(token, 0, [&of = terms](size_t c, float value) { of.Add(c, value); });
+      terms.EndRow();
+    }
   }
   kernels::OrderedMultiplyAdd(basis.synthesis, terms, rows.data());
   return std::span<const float>(rows);

@@ -72,8 +72,9 @@ class KltCoder {
   struct Code {
     struct OfCut {
       KltPlaces places;
-      std::vector<float> rounded;  // [coded], in steps, before rounding
-      KltLevelsRead read;          // as a reader has it
+      std::vector<float> rounded;   // [coded], in steps, before rounding
+      std::vector<int32_t> levels;  // [coded]
+      KltLevelsRead read;           // the same, as a reader has it
     };
     std::vector<KltToken> tokens;     // [kBlockTokens]
     std::vector<float> coefficients;  // [kBlockTokens][coefficients]
@@ -135,8 +136,11 @@ class KltCoder {
   void PlacesOf(size_t group, size_t cut, int position, std::span<const KltToken> tokens,
                 const KltValues& values, KltPlaces* places) const;
   void SetTokens(size_t group, int position, std::span<const int8_t> finer, Code* code) const;
-  // The coefficients that predict other groups.
-  kernels::SparseRows Leading(size_t group, const KltValues& values) const;
+  // Of what a first cut says those that predict other groups.
+  kernels::SparseRows Leading(size_t group, const kernels::SparseRows& first) const;
+  // What a first cut says: the values that Refine would begin at.
+  void FirstTerms(int position, std::span<const KltToken> tokens, const KltPlaces& places,
+                  const KltLevelsRead& read, kernels::SparseRows* terms) const;
   // Adds a cut's levels.
   void Refine(size_t cut, int position, std::span<const KltToken> tokens, const KltPlaces& places,
               const KltLevelsRead& read, KltValues* values) const;

@@ -113,7 +113,39 @@ float StepOf(KltToken token, float step) {
   return (token.finer & 1) != 0 ? whole * kHalf : whole;
 }
 
+void KltLevelsRead::Set(size_t i, int32_t level) {
+  const uint32_t folded = Folded(level);
+  folded_[i] = static_cast<uint8_t>(std::min<uint32_t>(folded, kLarger));
+  if (folded >= kLarger) larger_.emplace_back(i, level);
+}
+
+int32_t KltLevelsRead::Level(size_t i) const {
+  if (folded_[i] < kLarger) return Unfolded(folded_[i]);
+  return std::lower_bound(larger_.begin(), larger_.end(), std::pair(i, -kKltLargestLevel))->second;
+}
+
+size_t KltLevelsRead::NotZero(size_t begin, size_t end, uint16_t* at) const {
+  return kernels::ActiveImplementation().not_zero(folded_.data() + begin, end - begin, at);
+}
+
+uint64_t KltLevelsRead::NotZeroWord(size_t at) const {
+  uint64_t word = 0;
+  for (size_t i = 0; i < 64; i += sizeof(uint64_t)) {
+    uint64_t eight = 0;
+    std::memcpy(&eight, folded_.data() + at + i, sizeof(eight));
+    // Bits 8 j + 7 of bytes that are not 0, gathered.
+    const uint64_t flags = (((eight & kLow7) + kLow7) | eight) & ~kLow7;
+    word |= ((flags >> 7) * kGather >> 56) << i;
+  }
+  return word;
+}
+
 KltLevels::KltLevels(const KltStatistics& statistics) : mean_(statistics.mean) {
+  for (size_t table = 0; table < kKltTables; ++table) {
+    auto& value = value_.emplace_back();
+    for (uint32_t folded = 0; folded < kKltSymbols; ++folded)
+      value[folded] = Value(Unfolded(folded), {static_cast<int16_t>(table), 0});
+  }
   if (statistics.tables.empty()) return;
   KV_CHECK(statistics.tables.size() == kKltTables);
   for (const kernels::RansTable& table : statistics.tables) {
@@ -198,20 +230,11 @@ Status KltLevels::Read(std::span<const std::byte> in, const KltPlaces& places,
   in = in.subspan(sizeof(uint32_t));
   if (stream_bytes > in.size()) return Malformed("its symbols are longer than an extent");
   const size_t coded = places.coded();
-  // Zeros behind them, to be looked at eight at a time.
-  thread_local std::vector<uint8_t> symbols;
-  symbols.assign(coded + sizeof(uint64_t), 0);
+  read->Reset(coded);
+  std::vector<uint8_t>& symbols = read->folded_;
   KV_RETURN_IF_ERROR(kernels::RansDecode(kernels::ActiveImplementation(), decode_tables_,
                                          places.table.data(), in.first(stream_bytes),
                                          std::span(symbols).first(coded)));
-  static constexpr std::array<int32_t, kKltSymbols> kUnfolded = [] {
-    std::array<int32_t, kKltSymbols> unfolded{};
-    for (uint32_t symbol = 0; symbol < kKltSymbols; ++symbol) unfolded[symbol] = Unfolded(symbol);
-    return unfolded;
-  }();
-  read->levels.resize(coded);
-  for (size_t i = 0; i < coded; ++i) read->levels[i] = kUnfolded[symbols[i] % kKltSymbols];
-  read->maybe.assign(coded / 64 + 2, 0);
   BitReader low(in.subspan(stream_bytes));
   for (size_t i = 0; i < coded; i += sizeof(uint64_t)) {
     uint64_t eight = 0;
@@ -219,10 +242,6 @@ Status KltLevels::Read(std::span<const std::byte> in, const KltPlaces& places,
     const size_t count = std::min(sizeof(uint64_t), coded - i);
     std::memcpy(&eight, symbols.data() + i, sizeof(eight));
     std::memcpy(&eight_bits, places.low_bits.data() + i, count);
-    // Bits 8 j + 7 of bytes that are not 0, gathered.
-    const uint64_t any = eight | eight_bits;
-    const uint64_t flags = (((any & kLow7) + kLow7) | any) & ~kLow7;
-    read->maybe[i / 64] |= ((flags >> 7) * kGather >> 56) << (i % 64);
     // Those that say more than a symbol: most have none among them.
     const uint64_t escaped = eight ^ kEscapes;
     const uint64_t plain = ((escaped & kLow7) + kLow7) | escaped;
@@ -238,7 +257,7 @@ Status KltLevels::Read(std::span<const std::byte> in, const KltPlaces& places,
       if (folded > 2U * static_cast<uint32_t>(kKltLargestLevel)) {
         return Malformed("a level is too large");
       }
-      read->levels[at] = Unfolded(static_cast<uint32_t>(folded));
+      read->Set(at, Unfolded(static_cast<uint32_t>(folded)));
     }
   }
   if (!low.AtEnd()) return Malformed("bytes are left over");

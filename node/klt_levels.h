@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "base/status.h"
@@ -66,15 +67,34 @@ struct KltPlaces {
 };
 
 // Levels at such places as they were read. Value.
-struct KltLevelsRead {
-  std::vector<int32_t> levels;  // [coded]
-  std::vector<uint64_t> maybe;  // a bit for each of them, the lowest first: not set where it is 0
-  // Bits [at, at + 64).
-  uint64_t Maybe(size_t at) const {
-    const size_t shift = at % 64;
-    const uint64_t low = maybe[at / 64] >> shift;
-    return shift == 0 ? low : low | maybe[at / 64 + 1] << (64 - shift);
+class KltLevelsRead {
+ public:
+  // Behind the last level, so that several may be looked at at once.
+  static constexpr size_t kPadding = 64;
+
+  // count zeros.
+  void Reset(size_t count) {
+    folded_.assign(count + kPadding, 0);
+    larger_.clear();
   }
+  // REQUIRES: i ascends from call to call.
+  void Set(size_t i, int32_t level);
+  size_t size() const { return folded_.size() - kPadding; }
+  int32_t Level(size_t i) const;
+  // The level folded, as far as a byte says it.
+  uint8_t FoldedByte(size_t i) const { return folded_[i]; }
+  // Where levels from `begin` to before `end` are not 0: writes their places less `begin` to `at`,
+  // which has room for kPadding more, and returns how many.
+  size_t NotZero(size_t begin, size_t end, uint16_t* at) const;
+  // Bit b says whether level `at` + b is not 0. REQUIRES: at <= size().
+  uint64_t NotZeroWord(size_t at) const;
+
+ private:
+  friend class KltLevels;
+  static constexpr uint8_t kLarger = 255;  // and more
+
+  std::vector<uint8_t> folded_;
+  std::vector<std::pair<size_t, int32_t>> larger_;  // those of them, ascending
 };
 
 // How a token of a group differs from most: its step is finer by half octaves, because more
@@ -139,6 +159,12 @@ class KltLevels {
     const size_t mean = std::min<size_t>(Folded(level), kKltMeans - 1);
     return of_level + mean_[static_cast<size_t>(place.table)][mean];
   }
+  // The same of the level at i.
+  float ValueAt(size_t i, const KltLevelsRead& read, const KltPlaces& places) const {
+    const uint8_t folded = read.FoldedByte(i);
+    return folded < kKltSymbols && places.low_bits[i] == 0 ? value_[places.table[i]][folded]
+                                                           : Value(read.Level(i), places.At(i));
+  }
   // The symbol that a level has.
   uint8_t SymbolOf(int32_t level, KltPlace place) const {
     const uint32_t high = std::min<uint32_t>(Folded(level) >> place.low_bits, kEscape);
@@ -165,6 +191,8 @@ class KltLevels {
   bool LowerCostsLess(float x, int32_t below, KltPlace place) const;
 
   std::array<std::array<float, kKltMeans>, kKltTables> mean_;
+  // [table][folded level]: Value without low bits.
+  std::vector<std::array<float, kKltSymbols>> value_;
   std::vector<std::array<float, kKltSymbols>> bits_;  // [table][symbol]; escapes with what follows
   std::vector<std::array<bool, kKltSymbols>> coded_;  // whether the symbol has a frequency
   // [table][level - kFirstParted]: where the level below begins to cost more than the next one.

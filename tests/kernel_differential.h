@@ -449,7 +449,7 @@ inline Difference OrderedDifference(FuzzInput* input) {
   }
   return check("ordered_add_sparse", [&](const Implementation& implementation) {
     std::vector<float> out = made.held;
-    implementation.ordered_add_sparse(weights, sparse, out.data());
+    implementation.ordered_add_sparse(weights, SparseTerms(sparse), out.data());
     return out;
   });
 }

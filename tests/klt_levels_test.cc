@@ -19,6 +19,12 @@ using testing::HasSubstr;
 constexpr float kMaxFloat = std::numeric_limits<float>::max();
 constexpr float kMinFloat = std::numeric_limits<float>::denorm_min();
 
+std::vector<int32_t> All(const KltLevelsRead& read) {
+  std::vector<int32_t> levels;
+  for (size_t i = 0; i < read.size(); ++i) levels.push_back(read.Level(i));
+  return levels;
+}
+
 // Of one token.
 KltPlaces Coded(const std::vector<KltPlace>& places) {
   KltPlaces coded;
@@ -116,7 +122,7 @@ TEST_F(KltLevelsTest, PlacesOfExtremesExist) {
       levels.Write(written, coded, &bytes);
       KltLevelsRead read;
       ASSERT_TRUE(levels.Read(bytes, coded, &read).ok());
-      EXPECT_EQ(read.levels, written);
+      EXPECT_EQ(All(read), written);
     }
   }
 }
@@ -144,15 +150,21 @@ TEST_F(KltLevelsTest, ReadsWhatItWrote) {
     std::vector<std::byte> bytes(3);  // Write appends
     levels.Write(written, places, &bytes);
     KltLevelsRead read;
-    read.levels.assign(7, -1);
+    read.Reset(7);
+    read.Set(3, kKltLargestLevel);
     const Status status = levels.Read(std::span(bytes).subspan(3), places, &read);
     ASSERT_TRUE(status.ok()) << status.ToString();
-    EXPECT_EQ(read.levels, written);
+    EXPECT_EQ(All(read), written);
+    std::vector<uint16_t> not_zero;
     for (size_t i = 0; i < written.size(); ++i) {
-      const bool maybe = (read.Maybe(i) & 1U) != 0;
-      EXPECT_TRUE(maybe || written[i] == 0);
-      EXPECT_EQ(read.Maybe(i / 64 * 64) >> (i % 64) & 1U, maybe ? 1U : 0U);
+      if (written[i] != 0) not_zero.push_back(static_cast<uint16_t>(i));
+      EXPECT_EQ(read.NotZeroWord(i) & 1U, written[i] != 0 ? 1U : 0U);
+      EXPECT_EQ(read.NotZeroWord(i / 64 * 64) >> (i % 64) & 1U, written[i] != 0 ? 1U : 0U);
+      EXPECT_EQ(levels.ValueAt(i, read, places), levels.Value(written[i], places.At(i)));
     }
+    std::vector<uint16_t> at(written.size() + KltLevelsRead::kPadding);
+    at.resize(read.NotZero(0, written.size(), at.data()));
+    EXPECT_EQ(at, not_zero);
   }
 }
 
@@ -217,7 +229,7 @@ class KltEscapes : public KltLevelsTest {
     for (int bit = 0; bit < bits; bit += 8) bytes.push_back(static_cast<std::byte>(low >> bit));
     KltLevelsRead read;
     KV_RETURN_IF_ERROR(levels.Read(bytes, places, &read));
-    *level = read.levels.front();
+    *level = read.Level(0);
     return OkStatus();
   }
 };

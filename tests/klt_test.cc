@@ -444,7 +444,7 @@ TEST_P(Klt, LargeLevelsEscapeAndTheLargestAreClamped) {
     int32_t largest = 0;
     for (const Seen& of : seen) {
       for (const KltCoder::Code::OfCut& cut : of.code.cuts) {
-        for (const int32_t level : cut.read.levels) largest = std::max(largest, std::abs(level));
+        for (const int32_t level : cut.levels) largest = std::max(largest, std::abs(level));
       }
     }
     if (deviation > 1e5) {

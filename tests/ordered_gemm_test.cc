@@ -220,7 +220,7 @@ TEST(OrderedGemmTest, ZerosMayBeLeftOut) {
           const std::vector<float> expected = DefinedProduct(made.dense, OrderedStart::kHeld);
           for (const Implementation* implementation : All()) {
             std::vector<float> out = made.dense.held;
-            implementation->ordered_add_sparse(weights, made.x, out.data());
+            implementation->ordered_add_sparse(weights, SparseTerms(made.x), out.data());
             EXPECT_TRUE(SameBits(out, expected))
                 << implementation->name << ": " << inputs << " -> " << outputs;
           }
@@ -252,7 +252,7 @@ TEST(OrderedGemmTest, WhatIsLeftOutLeavesSumsAsTheyAre) {
   x.EndRow();
   for (const Implementation* implementation : All()) {
     std::vector<float> out = {-0.0F};
-    implementation->ordered_add_sparse(weights, x, out.data());
+    implementation->ordered_add_sparse(weights, SparseTerms(x), out.data());
     EXPECT_TRUE(SameBits(out, {-0.0F})) << implementation->name;
   }
   x.Clear();

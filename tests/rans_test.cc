@@ -83,6 +83,30 @@ TEST(RansTableTest, SurvivesItsBytes) {
   }
 }
 
+TEST(RansTest, EveryImplementationFindsWhatIsNotZero) {
+  Random random(9);
+  for (int round = 0; round < 4000; ++round) {
+    const size_t before = random.Below(20);
+    std::vector<uint8_t> bytes(before + random.Below(round % 100 == 0 ? 66'000 : 130));
+    if (bytes.size() > before + 65'536) bytes.resize(before + 65'536);
+    const double share = random.Chance(0.2) ? 1 : random.Chance(0.2) ? 0 : 0.2;
+    for (uint8_t& byte : bytes) {
+      if (random.Chance(share)) byte = static_cast<uint8_t>(1 + random.Below(255));
+    }
+    std::vector<uint16_t> expected;
+    for (size_t i = before; i < bytes.size(); ++i) {
+      if (bytes[i] != 0) expected.push_back(static_cast<uint16_t>(i - before));
+    }
+    for (const Implementation* implementation : All()) {
+      // At their size, so that a sanitizer sees what is read or written beyond.
+      std::vector<uint16_t> found(expected.size() + 32);
+      found.resize(
+          implementation->not_zero(bytes.data() + before, bytes.size() - before, found.data()));
+      EXPECT_EQ(found, expected) << implementation->name << ": of " << bytes.size() - before;
+    }
+  }
+}
+
 TEST(RansTest, EveryImplementationWritesAndReadsTheSame) {
   Random random(3);
   for (const size_t count : {0, 1, 31, 32, 33, 63, 64, 1000, 4096, 5003}) {

@@ -73,6 +73,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     std::vector<uint8_t> symbols = first;
     KV_CHECK(RansDecode(*implementation, decode, found.choice(), stream, symbols) == expected);
     KV_CHECK(symbols == found.symbols);
+    std::vector<uint16_t> not_zero(count + 32);
+    not_zero.resize(implementation->not_zero(symbols.data(), count, not_zero.data()));
+    size_t next = 0;
+    for (size_t i = 0; i < count; ++i) {
+      if (symbols[i] != 0) KV_CHECK(next < not_zero.size() && not_zero[next++] == i);
+    }
+    KV_CHECK(next == not_zero.size());
     // Whatever was decoded has a frequency; a good stream is the only one of its symbols.
     const Bytes again = EncodeRans(*implementation, found);
     KV_CHECK(RansDecode(*implementation, decode, found.choice(), again, symbols).ok());
