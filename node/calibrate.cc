@@ -565,7 +565,7 @@ Status Calibrator::SetTransforms() {
           "--recompute {}: give ascending numbers of layers from 1 to {}, or 0 for none",
           fmt::join(recompute, ","), config_.layers - 2);
     }
-    pack_.transforms.push_back({layers, KltGroups(config_, layers + 1), {}, {}});
+    pack_.transforms.push_back({layers, KltGroups(config_, layers + 1, pack_.group_width), {}, {}});
   }
   return OkStatus();
 }
@@ -574,6 +574,8 @@ Result<KltPack> Calibrator::Run() {
   pack_.width = width_;
   pack_.hidden = config_.hidden;
   pack_.layers = config_.layers;
+  pack_.group_width =
+      options_.group_width > 0 ? options_.group_width : DefaultGroupWidth(config_);
   KV_RETURN_IF_ERROR(SetTransforms());
   pack_.model = ToHex(model_.digest());
   // First, so that a wrong file of weights is found before the work.

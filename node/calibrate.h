@@ -16,6 +16,7 @@ struct CalibrateOptions {
   std::string weights;             // file of scripts/calibrate-fisher; empty: from attention
   // Layers that a reader may recompute, ascending; besides nothing. -1: a third of the model's.
   std::vector<int> recompute = {-1};
+  int group_width = 0;  // of a transform's layers together; 0: DefaultGroupWidth
   int tokens = 100000;  // of all texts, at most
   int length = 1024;    // tokens of a sequence, rounded down to whole blocks
   int threads = 0;      // 0: one a core

@@ -4,14 +4,18 @@
 
 namespace kvant::node {
 
+int DefaultGroupWidth(const ModelConfig& config) {
+  return std::min(3 * config.hidden, kKltGroupWidth);
+}
+
 int StateWidth(const ModelConfig& config) {
   const kernels::LayerShape state = config.StateShape(1);
   return state.keys.kv_heads * state.keys.head_dim + state.values.kv_heads * state.values.head_dim;
 }
 
-std::vector<KltGroup> KltGroups(const ModelConfig& config, int first) {
+std::vector<KltGroup> KltGroups(const ModelConfig& config, int first, int group_width) {
   std::vector<KltGroup> groups;
-  const int most = std::max(1, kKltGroupWidth / StateWidth(config));
+  const int most = std::max(1, group_width / StateWidth(config));
   int last_global = -1;
   for (const bool global : {true, false}) {
     std::vector<int> layers;

@@ -7,9 +7,10 @@
 
 namespace kvant::node {
 
-// Floats of a group's layers together, unless one layer has more: the transform's cost for each
-// token grows with its square.
+// Floats of a group's layers together at most, unless one layer has more; of packs that do not say.
 inline constexpr int kKltGroupWidth = 3072;
+// As much as may be asked for.
+inline constexpr int kKltMostGroupWidth = 1 << 16;
 
 // Layers that go through one transform and travel as one extent.
 struct KltGroup {
@@ -20,12 +21,18 @@ struct KltGroup {
   std::vector<int> sources;
 };
 
+// What calibration takes where nothing is asked for. A token's cost in a group grows with the
+// group's width, and what prefill takes for the same layers with the square of the model's: this
+// keeps their ratio about the same, at bytes that hardly differ from those of wider groups.
+int DefaultGroupWidth(const ModelConfig& config);
+
 // Floats that a layer keeps of a token.
 int StateWidth(const ModelConfig& config);
 
 // The groups of a model's layers from `first` on in the order of their coding: those of global
 // layers first, for they are all that is fetched of a block that is out of every window
-// (docs/adr/0016). A pure function of the model's geometry: pack, writer and reader have the same.
-std::vector<KltGroup> KltGroups(const ModelConfig& config, int first);
+// (docs/adr/0016). A pure function of the model's geometry and the pack's width: writer and reader
+// have the same.
+std::vector<KltGroup> KltGroups(const ModelConfig& config, int first, int group_width);
 
 }  // namespace kvant::node

@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <bit>
 #include <cctype>
+#include <charconv>
 #include <cmath>
 #include <fstream>
 #include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <system_error>
 #include <utility>
 
 #include "base/bytes.h"
@@ -221,7 +223,8 @@ void AddBases(const KltTransform& transform, Writer* writer) {
 // What `cuts` and `recomputed` in the metadata list, without bases.
 Result<std::vector<KltTransform>> TransformsOf(const std::string& cuts,
                                                const std::string& recomputed,
-                                               const ModelConfig& config, const std::string& name) {
+                                               const ModelConfig& config, int group_width,
+                                               const std::string& name) {
   KV_ASSIGN_OR_RETURN(const json of_none, ParseJson(cuts, name));
   KV_ASSIGN_OR_RETURN(const json list, ParseJson(recomputed, name));
   std::vector<KltTransform> transforms(1);
@@ -248,7 +251,7 @@ Result<std::vector<KltTransform>> TransformsOf(const std::string& cuts,
         name, kMaxTransforms - 1, config.layers - 1);
   }
   for (KltTransform& transform : transforms)
-    transform.groups = KltGroups(config, transform.first_layer());
+    transform.groups = KltGroups(config, transform.first_layer(), group_width);
   return transforms;
 }
 
@@ -365,8 +368,17 @@ Result<KltPack> ParseKltPack(std::span<const std::byte> file, const std::string&
   pack.width = StateWidth(model.config());
   pack.hidden = model.config().hidden;
   pack.layers = model.config().layers;
-  KV_ASSIGN_OR_RETURN(pack.transforms,
-                      TransformsOf(text_of("cuts"), text_of("recomputed"), model.config(), name));
+  if (const std::string width = text_of("group_width"); !width.empty()) {
+    const auto [end, error] =
+        std::from_chars(width.data(), width.data() + width.size(), pack.group_width);
+    if (error != std::errc() || end != width.data() + width.size() || pack.group_width < 1 ||
+        pack.group_width > kKltMostGroupWidth) {
+      return InvalidArgument("{}: group_width in its metadata is no number from 1 to {}", name,
+                             kKltMostGroupWidth);
+    }
+  }
+  KV_ASSIGN_OR_RETURN(pack.transforms, TransformsOf(text_of("cuts"), text_of("recomputed"),
+                                                    model.config(), pack.group_width, name));
   KV_ASSIGN_OR_RETURN(pack.refining, RefiningOf(text_of("refining"), pack, name));
   const Reader reader(&tensors, name);
   const int64_t width = pack.width;
@@ -445,6 +457,7 @@ Status SaveKltPack(const std::filesystem::path& file, const Model& model, KltPac
                       {"model", pack->model},
                       {"calibrated_on", pack->calibrated_on},
                       {"weighed_by", pack->weighed_by},
+                      {"group_width", std::to_string(pack->group_width)},
                       {"cuts", JsonOf(pack->cuts()).dump()},
                       {"recomputed", recomputed.dump()},
                       {"refining", refining.dump()}});

@@ -59,7 +59,7 @@ struct KltTransform {
   // Layers that a reader runs. What enters the next one is side information: it predicts, and that
   // layer's own state follows from it. 0: the embedding predicts, and all layers are coded.
   int recomputed = 0;
-  std::vector<KltGroup> groups;  // KltGroups of the model from first_layer() on
+  std::vector<KltGroup> groups;  // KltGroups from first_layer() on
   std::vector<KltBasis> bases;   // [group]
   // The finest first; the same names in all transforms of a pack, each with a step of its own.
   std::vector<KltCut> cuts;
@@ -73,6 +73,7 @@ struct KltPack {
   int width = 0;  // of one layer's row
   int hidden = 0;
   int layers = 0;
+  int group_width = kKltGroupWidth;      // of its groups, at most
   std::vector<KltTransform> transforms;  // the first recomputes nothing; ascending
   // [layer][width][width], bf16 numbers: an error e in a row costs about e^T weight e nats.
   std::vector<std::vector<float>> weights;

@@ -14,6 +14,7 @@
 #include "node/eval_command.h"
 #include "node/generate.h"
 #include "node/klt_bench.h"
+#include "node/klt_groups.h"
 #include "node/logits_command.h"
 #include "node/report.h"
 #include "node/requests.h"
@@ -232,6 +233,13 @@ void AddCalibrateOptions(CLI::App* command, CalibrateOptions* calibrate) {
                    "Numbers of layers that a reader may recompute, besides none; 0: only none "
                    "(default: a third of the model's)")
       ->delimiter(',');
+  command
+      ->add_option(
+          "--group-width", calibrate->group_width,
+          "Numbers of a token that one transform takes together at most: fewer are decoded "
+          "sooner, more take fewer bytes (default: 3 times the model's hidden size, at most "
+          "3072)")
+      ->check(CLI::Range(1, kKltMostGroupWidth));
   command->add_option("--tokens", calibrate->tokens, "Of all texts, the same share of each")
       ->check(CLI::Range(1024, 1 << 24))
       ->capture_default_str();

@@ -17,7 +17,7 @@ import sys
 
 from format_decoder import KEYS, Malformed, Reader, bf16, decode_rans, fp32, normalised
 
-TOKENS, SINKS, SOURCE_COEFFICIENTS, GROUP_WIDTH = 64, 4, 384, 3072
+TOKENS, SINKS, SOURCE_COEFFICIENTS, GROUP_WIDTH = 64, 4, 384, "3072"
 LOWEST, HIGHEST, MOST_LOW_BITS = -3, 3, 20     # octaves that have tables of their own
 RATIOS = 4 * (HIGHEST - LOWEST)
 FIRST_TABLES = RATIOS + 4
@@ -46,7 +46,7 @@ class Pack:
         self.mean = [mean[t * MEANS:(t + 1) * MEANS] for t in range(TABLES)]
         self.tables = [normalised([int(f) for f in frequencies[t * SYMBOLS:(t + 1) * SYMBOLS]]) for t in range(TABLES)]
         width = self.header["layers.0.weight"]["shape"][0]
-        self.groups = groups_of(slides, width)
+        self.groups = groups_of(slides, width, int(metadata.get("group_width", GROUP_WIDTH)))
         for number, group in enumerate(self.groups):
             for part in ("bias", "sink_bias", "predictor", "synthesis", "deviation", "first_deviation", "sink_deviation"):
                 group[part] = self.tensor(f"groups.{number}.{part}")
@@ -59,10 +59,10 @@ class Pack:
         return [bf16(bits) for bits in struct.unpack(f"<{len(data) // 2}H", data)]
 
 
-def groups_of(slides, width):
+def groups_of(slides, width, group_width):
     """Layers that are coded together: those that see everything first, the others then, each kind in as few and as even parts
-    as GROUP_WIDTH allows. Each is predicted from the one before and from the last one that sees everything."""
-    most = max(1, GROUP_WIDTH // width)
+    as group_width allows. Each is predicted from the one before and from the last one that sees everything."""
+    most = max(1, group_width // width)
     groups, last_global = [], None
     for sliding in (False, True):
         layers = [layer for layer, slide in enumerate(slides) if slide == sliding]

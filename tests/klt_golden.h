@@ -24,15 +24,15 @@
 namespace kvant::node {
 
 inline constexpr std::string_view kKltMagic = "KVKLT001";
-inline constexpr const char* kKltGoldenModels[] = {"heads", "sliding", "latent"};
+inline constexpr const char* kKltGoldenModels[] = {"heads", "sliding", "latent", "narrow"};
 
-// Models of 16 floats a layer and token.
+// Models of 16 floats a layer and token. The pack of "narrow" takes each layer by itself.
 inline support::RandomModelOptions KltGoldenModel(std::string_view name) {
   support::RandomModelOptions options;
   ModelConfig& config = options.config;
-  config = name == "heads"     ? support::TinyConfig()
-           : name == "sliding" ? support::TinySlidingConfig()
-                               : support::TinyLatentConfig();
+  config = name == "heads" || name == "narrow" ? support::TinyConfig()
+           : name == "sliding"                 ? support::TinySlidingConfig()
+                                               : support::TinyLatentConfig();
   config.hidden = 16;
   config.q_heads = 2;
   config.kv_heads = 1;

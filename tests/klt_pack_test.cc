@@ -150,6 +150,7 @@ void ExpectSamePack(const KltPack& a, const KltPack& b) {
   EXPECT_EQ(a.width, b.width);
   EXPECT_EQ(a.hidden, b.hidden);
   EXPECT_EQ(a.layers, b.layers);
+  EXPECT_EQ(a.group_width, b.group_width);
   EXPECT_EQ(a.weights, b.weights);
   EXPECT_EQ(a.refining, b.refining);
   EXPECT_EQ(a.sink_step, b.sink_step);
@@ -183,7 +184,8 @@ TEST_F(KltPackTest, IsReadAsItWasWritten) {
   for (const ModelConfig& config :
        {support::TinyConfig(), support::TinySlidingConfig(), support::TinyLatentConfig()}) {
     const std::unique_ptr<Model> model = MakeModel(config, 1);
-    const KltPack made = support::RandomKltPack(*model, &random_);
+    const int group_width = random_.Chance(0.5) ? StateWidth(config) : kKltGroupWidth;
+    const KltPack made = support::RandomKltPack(*model, &random_, {.group_width = group_width});
     KltPack saved = made;
     ASSERT_TRUE(SaveKltPack(file_, *model, &saved).ok());
     const Result<KltPack> loaded = LoadKltPack(file_, *model);
@@ -243,6 +245,16 @@ TEST_F(KltPackTest, MalformedTransformsAreRefused) {
     EXPECT_THAT(ErrorOfMetadata("recomputed", text), HasSubstr("recomputed in its metadata"))
         << text;
   }
+}
+
+TEST_F(KltPackTest, GroupsAreAsWideAsItsMetadataSay) {
+  for (const std::string text : {"0", "-1", "65537", "12 ", "1.5", "many", "99999999999"})
+    EXPECT_THAT(ErrorOfMetadata("group_width", text), HasSubstr("group_width")) << text;
+  // Narrower groups have other tensors.
+  EXPECT_THAT(ErrorOfMetadata("group_width", "1"), HasSubstr("should have a tensor"));
+  // Packs of before had none.
+  EXPECT_EQ(ErrorAfter([](Parts* parts) { parts->metadata.erase("group_width"); }),
+            "it was loaded");
 }
 
 TEST_F(KltPackTest, AnotherModelsPackIsRefused) {

@@ -47,10 +47,10 @@ const Model& ModelOf(const std::string& kind) {
   if (model == nullptr) {
     const support::TemporaryDirectory directory;
     support::RandomModelOptions options;
-    options.config = kind == "heads"     ? support::TinyConfig()
-                     : kind == "sliding" ? support::TinySlidingConfig()
-                     : kind == "latent"  ? support::TinyLatentConfig()
-                                         : WideConfig();
+    options.config = kind == "heads" || kind == "narrow" ? support::TinyConfig()
+                     : kind == "sliding"                 ? support::TinySlidingConfig()
+                     : kind == "latent"                  ? support::TinyLatentConfig()
+                                                         : WideConfig();
     EXPECT_TRUE(support::WriteRandomModel(directory.path(), options).ok());
     Result<std::unique_ptr<Model>> loaded = Model::Load(directory.path());
     EXPECT_TRUE(loaded.ok()) << loaded.status().ToString();
@@ -62,7 +62,12 @@ const Model& ModelOf(const std::string& kind) {
 const KltPack& PackOf(const std::string& kind) {
   static std::map<std::string, KltPack> packs;
   Random random(12);
-  if (!packs.contains(kind)) packs[kind] = RandomKltPack(ModelOf(kind), &random);
+  const bool narrow = kind == "narrow";
+  if (!packs.contains(kind)) {
+    packs[kind] = RandomKltPack(
+        ModelOf(kind), &random,
+        {.group_width = narrow ? StateWidth(ModelOf(kind).config()) : kKltGroupWidth});
+  }
   return packs[kind];
 }
 
@@ -162,8 +167,8 @@ class Klt : public testing::TestWithParam<const char*> {
   // Far from what the pack predicts: many levels are large.
   KltBlock block_ = RandomKltBlock(model_, 3, &random_);
 };
-INSTANTIATE_TEST_SUITE_P(Models, Klt, testing::Values("heads", "sliding", "latent", "wide"),
-                         NameOf);
+INSTANTIATE_TEST_SUITE_P(Models, Klt,
+                         testing::Values("heads", "sliding", "latent", "wide", "narrow"), NameOf);
 
 TEST_P(Klt, DecodesWhatItEncodedAtEveryCut) {
   for (size_t cut = 0; cut < kCutsOfPack; ++cut) {
@@ -479,7 +484,8 @@ class KltHostile : public Klt {
     return status;
   }
 };
-INSTANTIATE_TEST_SUITE_P(Models, KltHostile, testing::Values("heads", "sliding", "latent"), NameOf);
+INSTANTIATE_TEST_SUITE_P(Models, KltHostile,
+                         testing::Values("heads", "sliding", "latent", "narrow"), NameOf);
 
 TEST_P(KltHostile, TruncatedAndProlongedExtentsAreRefused) {
   const KltCoder coder(&model_, &pack_, kRefining);
@@ -554,7 +560,8 @@ TEST_P(KltHostile, ExtentsOfAnotherPlaceAreRefusedOrAnotherBlock) {
 }
 
 using KltState = Klt;
-INSTANTIATE_TEST_SUITE_P(Models, KltState, testing::Values("heads", "sliding", "latent"), NameOf);
+INSTANTIATE_TEST_SUITE_P(Models, KltState, testing::Values("heads", "sliding", "latent", "narrow"),
+                         NameOf);
 
 TEST_P(KltState, RowsAreTheStateWithItsRopeTakenBack) {
   const kernels::LayerShape state = model_.config().StateShape(1);
@@ -623,7 +630,7 @@ TEST_P(Klt, LayersMayBeRecomputed) {
 TEST(KltGroupsTest, GlobalLayersComeFirstAndAloneAmongTheirSources) {
   ModelConfig config = support::TinyConfig();  // 64 floats a layer: 48 of them make a group
   config.layers = 100;
-  std::vector<KltGroup> groups = KltGroups(config, 0);
+  std::vector<KltGroup> groups = KltGroups(config, 0, kKltGroupWidth);
   ASSERT_EQ(groups.size(), 3U);
   for (size_t group = 0; group < groups.size(); ++group) {
     EXPECT_TRUE(groups[group].global);
@@ -637,7 +644,7 @@ TEST(KltGroupsTest, GlobalLayersComeFirstAndAloneAmongTheirSources) {
   config.sliding_window = 100;
   config.sliding.assign(100, true);
   for (const size_t layer : {5U, 50U, 98U}) config.sliding[layer] = false;
-  groups = KltGroups(config, 0);
+  groups = KltGroups(config, 0, kKltGroupWidth);
   ASSERT_EQ(groups.size(), 4U);
   EXPECT_TRUE(groups[0].global);
   EXPECT_THAT(groups[0].layers, ElementsAre(5, 50, 98));
@@ -653,17 +660,26 @@ TEST(KltGroupsTest, GlobalLayersComeFirstAndAloneAmongTheirSources) {
   EXPECT_THAT(groups[3].sources, ElementsAre(2, 0));
 
   config.sliding.assign(100, true);
-  groups = KltGroups(config, 0);
+  groups = KltGroups(config, 0, kKltGroupWidth);
   ASSERT_EQ(groups.size(), 3U);
   EXPECT_THAT(groups[0].sources, IsEmpty());
   EXPECT_THAT(groups[2].sources, ElementsAre(1));
+}
+
+TEST(KltGroupsTest, AreAsWideAsThePackSays) {
+  ModelConfig config = support::TinyConfig();
+  config.layers = 7;
+  const int width = StateWidth(config);
+  for (const auto& [most, count] :
+       {std::pair{1, 7U}, {width, 7U}, {2 * width, 4U}, {4 * width, 2U}})
+    EXPECT_EQ(KltGroups(config, 0, most).size(), count) << most;
 }
 
 TEST(KltGroupsTest, AWideLayerIsAGroupOfItsOwn) {
   ModelConfig config = support::TinyConfig();
   config.kv_heads = 32;
   config.head_dim = 128;
-  const std::vector<KltGroup> groups = KltGroups(config, 0);
+  const std::vector<KltGroup> groups = KltGroups(config, 0, kKltGroupWidth);
   ASSERT_EQ(groups.size(), 2U);
   EXPECT_THAT(groups[1].layers, ElementsAre(1));
 }

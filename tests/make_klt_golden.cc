@@ -119,28 +119,35 @@ void WriteBadExact(const std::string& prefix, const ExactGolden& good) {
   write("scale", [](Extent* extent) { (*extent)[9] |= std::byte{2}; });
 }
 
+void WriteBlocks(const std::string& directory, const std::string& name, Random* random) {
+  const support::TemporaryDirectory of_model;
+  KV_CHECK(support::WriteRandomModel(of_model.path(), KltGoldenModel(name)).ok());
+  const auto model = Model::Load(of_model.path());
+  KV_CHECK(model.ok());
+  support::RandomKltPackOptions options;
+  options.weighted = false;
+  if (name == "narrow") options.group_width = StateWidth((*model)->config());
+  KltPack pack = support::RandomKltPack(**model, random, options);
+  pack.calibrated_on = "nothing: a pack of random numbers for tests";
+  const std::string prefix = directory + "/" + name;
+  KV_CHECK(SaveKltPack(prefix + ".pack", **model, &pack).ok());
+  const KltGolden first = Make(**model, pack, pack.refining, 0, random);
+  Write(prefix + "-first.klt", Serialize(first));
+  Write(prefix + "-later.klt", Serialize(Make(**model, pack, {2}, kBlockTokens, random)));
+  if (name == "heads") WriteBad(prefix, first);
+}
+
 void WriteAll(const std::string& directory) {
   Random random(20250301);
-  for (const std::string name : kKltGoldenModels) {
-    const support::TemporaryDirectory of_model;
-    KV_CHECK(support::WriteRandomModel(of_model.path(), KltGoldenModel(name)).ok());
-    const auto model = Model::Load(of_model.path());
-    KV_CHECK(model.ok());
-    KltPack pack = support::RandomKltPack(**model, &random, {.weighted = false});
-    pack.calibrated_on = "nothing: a pack of random numbers for tests";
-    const std::string prefix = directory + "/" + name;
-    KV_CHECK(SaveKltPack(prefix + ".pack", **model, &pack).ok());
-    const KltGolden first = Make(**model, pack, pack.refining, 0, &random);
-    Write(prefix + "-first.klt", Serialize(first));
-    Write(prefix + "-later.klt", Serialize(Make(**model, pack, {2}, kBlockTokens, &random)));
-    if (name == "heads") WriteBad(prefix, first);
-  }
+  for (const std::string name : {"heads", "sliding", "latent"})
+    WriteBlocks(directory, name, &random);
   using kernels::SegmentKind;
   const ExactGolden values = MakeExact(SegmentKind::kValue, false, &random);
   Write(directory + "/values.exact", Serialize(values));
   WriteBadExact(directory + "/values", values);
   Write(directory + "/latents.exact", Serialize(MakeExact(SegmentKind::kLatent, false, &random)));
   Write(directory + "/channels.exact", Serialize(MakeExact(SegmentKind::kValue, true, &random)));
+  WriteBlocks(directory, "narrow", &random);
 }
 
 }  // namespace

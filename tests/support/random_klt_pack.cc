@@ -119,6 +119,7 @@ node::KltPack RandomKltPack(const node::Model& model, Random* random,
   pack.layers = model.config().layers;
   pack.model = ToHex(model.digest());
   pack.calibrated_on = "nothing";
+  pack.group_width = options.group_width;
   const std::vector<node::KltCut> cuts = {
       {"finest", 0.125F, 1e-4F}, {"fine", 0.5F, 1e-3F}, {"medium", 1, 1e-2F}, {"coarse", 2, 0.1F}};
   pack.refining = {3, 1, 0};
@@ -134,7 +135,7 @@ node::KltPack RandomKltPack(const node::Model& model, Random* random,
     node::KltTransform transform;
     transform.recomputed = recomputed;
     transform.cuts = cuts;
-    transform.groups = node::KltGroups(model.config(), transform.first_layer());
+    transform.groups = node::KltGroups(model.config(), transform.first_layer(), pack.group_width);
     for (const node::KltGroup& group : transform.groups) {
       std::vector<Matrix> of_group;
       for (const int layer : group.layers)

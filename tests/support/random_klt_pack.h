@@ -15,6 +15,7 @@ struct RandomKltPackOptions {
   // Else an error costs the same in every direction, and the analysis is the synthesis transposed,
   // exactly: what is encoded doesn't depend on the order of anyone's sums.
   bool weighted = true;
+  int group_width = node::kKltGroupWidth;
 };
 
 // A pack of random numbers: predictions that are worth nothing, transforms that are undone but for
