@@ -54,6 +54,10 @@ constexpr float kLeast = 1.0F / 64;  // deviation of a coefficient that is kept
 // Names of cuts, and the mean KL that each aims at.
 constexpr std::pair<std::string_view, double> kCuts[] = {
     {"finest", 1e-4}, {"fine", 1e-3}, {"medium", 5e-3}, {"coarse", 1.5e-2}};
+// What a step costs grows with its square; those found too dear are aimed a little lower, so often.
+constexpr double kStepPower = 0.5;
+constexpr double kFinerStill = 0.98;
+constexpr int kMostFinishes = 3;
 // Those that a block may hold together.
 constexpr std::string_view kRefining[] = {"coarse", "fine", "finest"};
 
@@ -535,7 +539,25 @@ Status Calibrator::ChooseCuts(size_t transform) {
   return OkStatus();
 }
 
-// What the cuts cost in the end, each alone and as refinements.
+// Makes steps that cost more than what they were made for finer. Returns whether there were any.
+bool MakeFiner(std::vector<KltCut>* cuts) {
+  bool any = false;
+  for (size_t i = 0; i < cuts->size(); ++i) {
+    KltCut& cut = (*cuts)[i];
+    for (const auto& [name, aim] : kCuts) {
+      if (name != cut.name || static_cast<double>(cut.mean_kl) <= aim) continue;
+      const double by = kFinerStill * std::pow(aim / static_cast<double>(cut.mean_kl), kStepPower);
+      const float least = i == 0 ? 0.0F : 1.01F * (*cuts)[i - 1].step;
+      const float step = std::max(static_cast<float>(by) * cut.step, least);
+      any = any || step < cut.step;
+      cut.step = std::min(cut.step, step);
+    }
+  }
+  return any;
+}
+
+// What the cuts cost in the end, each alone and as refinements. What costs more than it should is
+// made finer, and all is measured again.
 Status Calibrator::FinishCuts(size_t transform) {
   std::vector<KltCut>& cuts = pack_.transforms[transform].cuts;
   std::vector<std::vector<size_t>> chains;
@@ -543,19 +565,21 @@ Status Calibrator::FinishCuts(size_t transform) {
   for (size_t count = 2; count <= pack_.refining.size(); ++count)
     chains.emplace_back(pack_.refining.begin(),
                         pack_.refining.begin() + static_cast<ptrdiff_t>(count));
-  KV_ASSIGN_OR_RETURN(const std::vector<Point> points, Measure(transform, chains));
-  for (size_t i = 0; i < chains.size(); ++i) {
-    KltCut& cut = cuts[chains[i].back()];
-    Tell(chains[i].size() == 1 ? cut.name : cut.name + ", refined", points[i]);
-    // What is declared holds for both.
-    const auto found = static_cast<float>(points[i].mean_kl);
-    cut.mean_kl = chains[i].size() == 1 ? found : std::max(cut.mean_kl, found);
+  for (int round = 0;; ++round) {
+    KV_ASSIGN_OR_RETURN(const std::vector<Point> points, Measure(transform, chains));
+    for (size_t i = 0; i < chains.size(); ++i) {
+      KltCut& cut = cuts[chains[i].back()];
+      Tell(chains[i].size() == 1 ? cut.name : cut.name + ", refined", points[i]);
+      // What is declared holds for both.
+      const auto found = static_cast<float>(points[i].mean_kl);
+      cut.mean_kl = chains[i].size() == 1 ? found : std::max(cut.mean_kl, found);
+    }
+    if (round == kMostFinishes || !MakeFiner(&cuts)) return OkStatus();
   }
-  return OkStatus();
 }
 
 Status Calibrator::SetTransforms() {
-  pack_.transforms.push_back({0, KltGroups(config_, 0), {}, {}});
+  pack_.transforms.push_back({0, KltGroups(config_, 0, pack_.group_width), {}, {}});
   std::vector<int> recompute = options_.recompute;
   if (recompute == std::vector<int>{-1}) recompute = {config_.layers / 3};
   for (const int layers : recompute) {
