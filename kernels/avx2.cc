@@ -35,6 +35,7 @@ namespace {
 #include "kernels/ordered_gemm_loops.inc"
 #include "kernels/quad_dot_avx2.inc"
 #include "kernels/rans_avx2.inc"
+#include "kernels/round_levels.inc"
 void QuadDotAll(const QuadDot& dot) { QuadDotPairs(dot); }
 }  // namespace
 }  // namespace kvant::kernels
@@ -72,6 +73,7 @@ const Implementation kAvx2 = {
     RansEncodeAll,
     RansDecodeWide,
     NotZero,
+    RoundLevels,
     LosslessTops,
     LosslessSplit,
     LosslessMerge,

@@ -40,6 +40,7 @@ namespace {
 #include "kernels/quad_dot_avx2.inc"
 #include "kernels/quad_dot_avx512.inc"
 #include "kernels/rans_avx512.inc"
+#include "kernels/round_levels_avx512.inc"
 }  // namespace
 }  // namespace kvant::kernels
 
@@ -64,7 +65,8 @@ const Implementation kAvx512 = {
     AttendTileAny,     AttendRawTokens,  OrderedMultiplyAll, OrderedAddSparse,
     FactorRowsAll,     CodedMultiplyAll, RmsNormRows,        GateAll<Silu>,
     GateAll<GeluTanh>, SoftmaxAll,       RansEncodeWide,     RansDecodeWide,
-    NotZero,           LosslessTops,     LosslessSplit,      LosslessMerge,
+    NotZero,           RoundLevels,      LosslessTops,       LosslessSplit,
+    LosslessMerge,
 };
 
 }  // namespace kvant::kernels

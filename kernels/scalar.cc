@@ -21,6 +21,7 @@ namespace {
 #include "kernels/not_zero.inc"
 #include "kernels/ordered_gemm_scalar.inc"
 #include "kernels/quad_dot_scalar.inc"
+#include "kernels/round_levels.inc"
 }  // namespace
 
 const Implementation kScalar = {
@@ -28,7 +29,8 @@ const Implementation kScalar = {
     AttendTileAny,     AttendRawTokens,     OrderedMultiplyAll, OrderedAddSparse,
     FactorRowsAll,     CodedMultiplyAll,    RmsNormRows,        GateAll<Silu>,
     GateAll<GeluTanh>, SoftmaxAll,          RansEncodeAll,      RansDecodeAll,
-    NotZero,           LosslessTops,        LosslessSplit,      LosslessMerge,
+    NotZero,           RoundLevels,         LosslessTops,       LosslessSplit,
+    LosslessMerge,
 };
 
 }  // namespace kvant::kernels

@@ -346,26 +346,30 @@ void KltCoder::CodeGroup(size_t group, int position, std::span<const float> left
     Code::OfCut& of = code->cuts[cut];
     PlacesOf(group, cut, position, code->tokens, code->values, &of.places);
     of.rounded.resize(of.places.coded());
-    of.levels.resize(of.places.coded());
-    of.read.Reset(of.places.coded());
-    size_t i = 0;
+    size_t begin = 0;
     for (size_t token = 0; token < kBlockTokens; ++token) {
       const float steps = 1 / StepAt(cut, position, code->tokens, token);
       const float* exact = code->coefficients.data() + token * count;
       const KltValues::Token before = code->values.At(token);
-      for (; i < of.places.end[token]; ++i) {
-        const size_t c = of.places.coefficient[i];
-        float away = exact[c];
-        if (cut > 0 && before.Here(c)) {
-          away -= before.At(c);
-          if (before.Below(c)) away = -away;
-        }
-        of.rounded[i] = away * steps;
-        const int32_t level = levels_.Round(of.rounded[i], of.places.At(i));
-        of.levels[i] = level;
-        of.read.Set(i, level);
+      const auto left_of = [&](size_t c) {
+        const float away = exact[c] - before.At(c);
+        return before.Below(c) ? -away : away;
+      };
+      // The first ones as if nothing was found of them, then those of which something was.
+      const size_t first = of.places.first[token];
+      for (size_t c = 0; c < first; ++c) of.rounded[begin + c] = exact[c] * steps;
+      if (cut > 0) {
+        code->values.ForEach(token, 0, [&](size_t c, float) {
+          if (c < first) of.rounded[begin + c] = left_of(c) * steps;
+        });
       }
+      for (size_t i = begin + first; i < of.places.end[token]; ++i) {
+        const size_t c = of.places.coefficient[i];
+        of.rounded[i] = (cut > 0 && before.Here(c) ? left_of(c) : exact[c]) * steps;
+      }
+      begin = of.places.end[token];
     }
+    levels_.RoundAll(of.rounded, of.places, &of.levels, &of.read);
     Refine(cut, position, code->tokens, of.places, of.read, &code->values);
     if (cut == 0) {
       kernels::SparseRows terms;

@@ -150,15 +150,16 @@ KltLevels::KltLevels(const KltStatistics& statistics) : mean_(statistics.mean) {
   KV_CHECK(statistics.tables.size() == kKltTables);
   for (const kernels::RansTable& table : statistics.tables) {
     auto& bits = bits_.emplace_back();
-    auto& coded = coded_.emplace_back();
+    auto& symbol_of = symbol_.emplace_back();
     for (int symbol = 0; symbol < kKltSymbols; ++symbol) {
       const auto s = static_cast<size_t>(symbol);
-      coded[s] = table.frequency(symbol) > 0;
-      bits[s] = coded[s] ? static_cast<float>(kernels::kRansBits) -
-                               std::log2(static_cast<float>(table.frequency(symbol)))
-                         : kNever;
+      const bool coded = table.frequency(symbol) > 0;
+      KV_CHECK(coded || symbol != kEscape);  // any level can be coded
+      symbol_of[s] = static_cast<uint8_t>(coded ? symbol : kEscape);
+      bits[s] = coded ? static_cast<float>(kernels::kRansBits) -
+                            std::log2(static_cast<float>(table.frequency(symbol)))
+                      : kNever;
     }
-    KV_CHECK(coded[kEscape]);  // any level can be coded
     bits[kEscape] += kEscapeBits;
   }
   for (size_t table = 0; table < kKltTables; ++table) {
@@ -191,7 +192,43 @@ bool KltLevels::LowerCostsLess(float x, int32_t below, KltPlace place) const {
   return cost(below) < cost(below + 1);
 }
 
-int32_t KltLevels::RoundAny(float x, KltPlace place) const {
+void KltLevels::RoundAll(std::span<const float> x, const KltPlaces& places,
+                         std::vector<int32_t>* levels, KltLevelsRead* read) const {
+  const size_t coded = places.coded();
+  KV_CHECK(x.size() == coded);
+  levels->resize(coded);
+  read->Reset(coded);
+  const auto round_one = [&](size_t i) {
+    (*levels)[i] = Round(x[i], places.At(i));
+    read->Set(i, (*levels)[i]);
+  };
+  if (parted_.empty()) {
+    for (size_t i = 0; i < coded; ++i) round_one(i);
+    return;
+  }
+  const bool all_near = kernels::ActiveImplementation().round_levels(
+      x.data(), places.table.data(), coded, parted_.front().data(), levels->data(),
+      read->folded_.data());
+  for (size_t i = 0; i < coded; i += sizeof(uint64_t)) {
+    const size_t count = std::min(sizeof(uint64_t), coded - i);
+    uint64_t low_bits = 0;
+    std::memcpy(&low_bits, places.low_bits.data() + i, count);
+    if (low_bits == 0 && all_near) continue;
+    for (size_t at = i; at < i + count; ++at) {
+      if (places.low_bits[at] > 0 || !IsNear(x[at])) round_one(at);
+    }
+  }
+}
+
+int32_t KltLevels::Round(float x, KltPlace place) const {
+  if (!parted_.empty() && place.low_bits == 0 && IsNear(x)) {
+    const auto table = static_cast<uint8_t>(place.table);
+    int32_t level = 0;
+    uint8_t folded = 0;
+    kernels::ActiveImplementation().round_levels(&x, &table, 1, parted_.front().data(), &level,
+                                                 &folded);
+    return level;
+  }
   constexpr auto kMost = static_cast<float>(kKltLargestLevel - 1);
   // What is no number, of a state that overflowed, goes somewhere as well.
   const float clamped = x > -kMost ? std::min(x, kMost) : -kMost;
@@ -210,6 +247,7 @@ void KltLevels::Write(std::span<const int32_t> levels, const KltPlaces& places,
     const KltPlace place = places.At(i);
     const uint32_t folded = Folded(levels[i]);
     symbols[i] = SymbolOf(levels[i], place);
+    if (symbols[i] != kEscape && place.low_bits == 0) continue;
     if (symbols[i] == kEscape) low.Put(folded >> place.low_bits, kEscapeBits);
     if (place.low_bits > 0) low.Put(folded & ((1U << place.low_bits) - 1), place.low_bits);
   }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "kernels/implementation.h"
 #include "kernels/rans.h"
 
 namespace kvant::node {
@@ -143,15 +144,10 @@ class KltLevels {
   explicit KltLevels(const KltStatistics& statistics);
 
   // The level of x (in steps) that costs least, error and bits together, of the two around it.
-  int32_t Round(float x, KltPlace place) const {
-    constexpr auto kNear = static_cast<float>(-kFirstParted - 1);
-    if (parted_.empty() || place.low_bits > 0 || !(x > -kNear && x < kNear))
-      return RoundAny(x, place);
-    const auto toward_zero = static_cast<int32_t>(x);
-    const int32_t below = toward_zero - (x < static_cast<float>(toward_zero) ? 1 : 0);
-    const auto& parted = parted_[static_cast<size_t>(place.table)];
-    return x < parted[static_cast<size_t>(below - kFirstParted)] ? below : below + 1;
-  }
+  int32_t Round(float x, KltPlace place) const;
+  // The same of all of x [places.coded()], which are in steps.
+  void RoundAll(std::span<const float> x, const KltPlaces& places, std::vector<int32_t>* levels,
+                KltLevelsRead* read) const;
   // What a level stands for, in steps.
   float Value(int32_t level, KltPlace place) const {
     const auto of_level = static_cast<float>(level);
@@ -169,8 +165,8 @@ class KltLevels {
   uint8_t SymbolOf(int32_t level, KltPlace place) const {
     const uint32_t high = std::min<uint32_t>(Folded(level) >> place.low_bits, kEscape);
     // What calibration never saw has no frequency.
-    const bool coded = coded_.empty() || coded_[static_cast<size_t>(place.table)][high];
-    return static_cast<uint8_t>(coded ? high : kEscape);
+    return symbol_.empty() ? static_cast<uint8_t>(high)
+                           : symbol_[static_cast<size_t>(place.table)][high];
   }
 
   // Appends levels [places.coded()] to `out`.
@@ -182,19 +178,23 @@ class KltLevels {
 
  private:
   // Levels between which rounding is a comparison: below the one level, or else the next.
-  static constexpr int32_t kFirstParted = -32;
-  static constexpr int32_t kParted = 64;
+  static constexpr int32_t kParted = kernels::kRoundedLevels;
+  static constexpr int32_t kFirstParted = -kParted / 2;
   static constexpr int kEscape = kKltSymbols - 1;
 
+  static bool IsNear(float x) {
+    constexpr auto kNear = static_cast<float>(-kFirstParted - 1);
+    return x > -kNear && x < kNear;
+  }
   float Bits(int32_t level, KltPlace place) const;
-  int32_t RoundAny(float x, KltPlace place) const;
   bool LowerCostsLess(float x, int32_t below, KltPlace place) const;
 
   std::array<std::array<float, kKltMeans>, kKltTables> mean_;
   // [table][folded level]: Value without low bits.
   std::vector<std::array<float, kKltSymbols>> value_;
   std::vector<std::array<float, kKltSymbols>> bits_;  // [table][symbol]; escapes with what follows
-  std::vector<std::array<bool, kKltSymbols>> coded_;  // whether the symbol has a frequency
+  // [table][symbol]: itself, or the last one where it has no frequency.
+  std::vector<std::array<uint8_t, kKltSymbols>> symbol_;
   // [table][level - kFirstParted]: where the level below begins to cost more than the next one.
   std::vector<std::array<float, kParted>> parted_;
   kernels::RansEncodeTables encode_tables_;

@@ -168,6 +168,27 @@ TEST_F(KltLevelsTest, ReadsWhatItWrote) {
   }
 }
 
+TEST_F(KltLevelsTest, RoundsAllAsEach) {
+  for (const bool calibrated : {true, false}) {
+    const KltLevels levels(calibrated ? statistics_ : KltStatistics());
+    for (const size_t count : {0U, 1U, 5U, 1000U}) {
+      std::vector<KltPlace> all;
+      for (size_t i = 0; i < count; ++i) all.push_back(RandomPlace());
+      const KltPlaces places = Coded(all);
+      std::vector<float> x(places.coded());
+      for (float& of : x) {
+        of = static_cast<float>(random_.Normal() * (random_.Chance(0.9) ? 2 : 1000));
+        if (random_.Chance(0.01)) of = NAN;
+      }
+      std::vector<int32_t> rounded;
+      KltLevelsRead read;
+      levels.RoundAll(x, places, &rounded, &read);
+      EXPECT_EQ(All(read), rounded);
+      for (size_t i = 0; i < x.size(); ++i) EXPECT_EQ(rounded[i], levels.Round(x[i], places.At(i)));
+    }
+  }
+}
+
 TEST_F(KltLevelsTest, RoundsToTheLevelThatCostsLeast) {
   const KltLevels levels(statistics_);
   for (int trial = 0; trial < 2000; ++trial) {

@@ -107,6 +107,45 @@ TEST(RansTest, EveryImplementationFindsWhatIsNotZero) {
   }
 }
 
+TEST(RansTest, EveryImplementationRoundsTheSame) {
+  constexpr size_t kTables = 7;
+  Random random(10);
+  std::vector<float> parted(kTables * kRoundedLevels);
+  for (size_t i = 0; i < parted.size(); ++i) {
+    const auto below = static_cast<int>(i % kRoundedLevels) - kRoundedLevels / 2;
+    parted[i] = static_cast<float>(below + 1.2 * random.Unit() - 0.1);
+  }
+  for (int round = 0; round < 3000; ++round) {
+    const size_t count = random.Below(100);
+    std::vector<float> x(count);
+    std::vector<uint8_t> table(count);
+    bool near = true;
+    std::vector<int32_t> expected(count);
+    for (size_t i = 0; i < count; ++i) {
+      table[i] = static_cast<uint8_t>(random.Below(kTables));
+      x[i] = static_cast<float>(random.Normal() * (random.Chance(0.9) ? 2 : 8));
+      if (random.Chance(0.1)) x[i] = std::round(x[i]);
+      if (random.Chance(0.002)) x[i] = random.Chance(0.5) ? NAN : -INFINITY;
+      const bool here = std::abs(x[i]) < kRoundedLevels / 2 - 1;
+      near = near && here;
+      const float value = here ? x[i] : 0;
+      const auto below = static_cast<int>(std::floor(value));
+      const auto at = static_cast<size_t>(table[i] * kRoundedLevels + below + kRoundedLevels / 2);
+      expected[i] = value < parted[at] ? below : below + 1;
+    }
+    for (const Implementation* implementation : All()) {
+      std::vector<int32_t> levels(count);
+      std::vector<uint8_t> folded(count);
+      EXPECT_EQ(implementation->round_levels(x.data(), table.data(), count, parted.data(),
+                                             levels.data(), folded.data()),
+                near);
+      EXPECT_EQ(levels, expected) << implementation->name;
+      for (size_t i = 0; i < count; ++i)
+        EXPECT_EQ(folded[i], expected[i] > 0 ? 2 * expected[i] - 1 : -2 * expected[i]);
+    }
+  }
+}
+
 TEST(RansTest, EveryImplementationWritesAndReadsTheSame) {
   Random random(3);
   for (const size_t count : {0, 1, 31, 32, 33, 63, 64, 1000, 4096, 5003}) {
