@@ -213,25 +213,34 @@ void KltCoder::Refine(size_t cut, int position, std::span<const KltToken> tokens
   for (size_t token = 0; token < kBlockTokens; ++token) {
     const float step = StepAt(cut, position, tokens, token);
     KltValues::Token of = values->At(token);
-    const auto add = [&](size_t i) {
-      const size_t c = places.coefficient[i];
-      const float value = levels_.ValueAt(i, read, places) * step;
-      if (of.Here(c)) {
-        // What refines a level counts away from zero.
-        of.Add(c, of.Below(c) ? -value : value);
-      } else if (const int32_t level = read.Level(i); level != 0) {
-        of.Begin(c, value, level < 0);
-      }
-    };
-    // What says nothing and was not found before is passed over, a word at a time.
+    const auto value_at = [&](size_t i) { return levels_.ValueAt(i, read, places) * step; };
+    // Where an earlier cut found something, and where this one is the first that does, a word at a
+    // time; the rest is passed over.
     const size_t first = places.first[token];
     for (size_t c = 0; c < first; c += kWord) {
-      uint64_t bits = read.NotZeroWord(begin + c) | of.HereWord(c / kWord);
-      if (first - c < kWord) bits &= (uint64_t{1} << (first - c)) - 1;
-      for (; bits != 0; bits &= bits - 1)
-        add(begin + c + static_cast<size_t>(std::countr_zero(bits)));
+      uint64_t refined = of.HereWord(c / kWord);
+      uint64_t begun = read.NotZeroWord(begin + c) & ~refined;
+      if (first - c < kWord) {
+        refined &= (uint64_t{1} << (first - c)) - 1;
+        begun &= (uint64_t{1} << (first - c)) - 1;
+      }
+      for (; refined != 0; refined &= refined - 1) {
+        const size_t at = c + static_cast<size_t>(std::countr_zero(refined));
+        of.Refine(at, value_at(begin + at));
+      }
+      for (; begun != 0; begun &= begun - 1) {
+        const size_t at = c + static_cast<size_t>(std::countr_zero(begun));
+        of.Begin(at, value_at(begin + at), read.Level(begin + at) < 0);
+      }
     }
-    for (size_t i = begin + first; i < places.end[token]; ++i) add(i);
+    for (size_t i = begin + first; i < places.end[token]; ++i) {
+      const size_t c = places.coefficient[i];
+      if (of.Here(c)) {
+        of.Refine(c, value_at(i));
+      } else if (const int32_t level = read.Level(i); level != 0) {
+        of.Begin(c, value_at(i), level < 0);
+      }
+    }
     begin = places.end[token];
   }
 }

@@ -119,8 +119,7 @@ void KltLevelsRead::Set(size_t i, int32_t level) {
   if (folded >= kLarger) larger_.emplace_back(i, level);
 }
 
-int32_t KltLevelsRead::Level(size_t i) const {
-  if (folded_[i] < kLarger) return Unfolded(folded_[i]);
+int32_t KltLevelsRead::Larger(size_t i) const {
   return std::lower_bound(larger_.begin(), larger_.end(), std::pair(i, -kKltLargestLevel))->second;
 }
 

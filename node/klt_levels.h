@@ -67,6 +67,16 @@ struct KltPlaces {
   void EndToken() { end.push_back(coded()); }
 };
 
+// Larger levels are clamped: 2^20 steps are beyond what a float's mantissa tells apart.
+inline constexpr int32_t kKltLargestLevel = 1 << 20;
+constexpr uint32_t Folded(int32_t level) {
+  return level > 0 ? 2 * static_cast<uint32_t>(level) - 1 : 2 * static_cast<uint32_t>(-level);
+}
+constexpr int32_t Unfolded(uint32_t folded) {
+  return (folded & 1U) != 0 ? static_cast<int32_t>((folded + 1) / 2)
+                            : -static_cast<int32_t>(folded / 2);
+}
+
 // Levels at such places as they were read. Value.
 class KltLevelsRead {
  public:
@@ -81,7 +91,7 @@ class KltLevelsRead {
   // REQUIRES: i ascends from call to call.
   void Set(size_t i, int32_t level);
   size_t size() const { return folded_.size() - kPadding; }
-  int32_t Level(size_t i) const;
+  int32_t Level(size_t i) const { return folded_[i] < kLarger ? Unfolded(folded_[i]) : Larger(i); }
   // The level folded, as far as a byte says it.
   uint8_t FoldedByte(size_t i) const { return folded_[i]; }
   // Where levels from `begin` to before `end` are not 0: writes their places less `begin` to `at`,
@@ -93,6 +103,8 @@ class KltLevelsRead {
  private:
   friend class KltLevels;
   static constexpr uint8_t kLarger = 255;  // and more
+
+  int32_t Larger(size_t i) const;
 
   std::vector<uint8_t> folded_;
   std::vector<std::pair<size_t, int32_t>> larger_;  // those of them, ascending
@@ -115,16 +127,6 @@ std::byte ByteOf(KltToken token);
 KltToken TokenOf(std::byte byte);
 // step * 2^(-finer / 2).
 float StepOf(KltToken token, float step);
-
-// Larger levels are clamped: 2^20 steps are beyond what a float's mantissa tells apart.
-inline constexpr int32_t kKltLargestLevel = 1 << 20;
-constexpr uint32_t Folded(int32_t level) {
-  return level > 0 ? 2 * static_cast<uint32_t>(level) - 1 : 2 * static_cast<uint32_t>(-level);
-}
-constexpr int32_t Unfolded(uint32_t folded) {
-  return (folded & 1U) != 0 ? static_cast<int32_t>((folded + 1) / 2)
-                            : -static_cast<int32_t>(folded / 2);
-}
 
 // What tables say of levels.
 struct KltStatistics {

@@ -31,7 +31,12 @@ class KltValues {
     bool Below(size_t c) const { return (below_[c / kWord] & BitOf(c)) != 0; }
     // REQUIRES: it is here.
     float At(size_t c) const { return values_[c]; }
-    void Add(size_t c, float value) { values_[c] += value; }
+    // What refines a level counts away from zero. No branch: which sign it was says no other.
+    void Refine(size_t c, float value) {
+      constexpr int kSign = 31;
+      const auto flip = static_cast<uint32_t>(below_[c / kWord] >> (c % kWord) & 1U) << kSign;
+      values_[c] += std::bit_cast<float>(std::bit_cast<uint32_t>(value) ^ flip);
+    }
     // Of the coefficients [64 word, 64 word + 64), the lowest first.
     uint64_t HereWord(size_t word) const { return here_[word]; }
     // REQUIRES: it is not here.
