@@ -95,30 +95,37 @@ std::optional<int32_t> Vocabulary::IdOf(std::string_view written) const {
   return found == ids.end() ? std::nullopt : std::optional(found->second);
 }
 
+void BpeEncoder::EncodePiece(std::string_view piece, std::vector<int32_t>* ids) const {
+  if (whole_pieces != nullptr) {
+    std::string spelled;
+    std::string_view written = piece;
+    if (pre_tokenizer->byte_level()) {
+      for (const char byte : piece) {
+        AppendUtf8(ByteAlphabet()[static_cast<uint8_t>(byte)], &spelled);
+      }
+      written = spelled;
+    }
+    const auto whole = whole_pieces->IdOf(written);
+    if (whole.has_value() && whole_pieces->Find(*whole)->in_model) {
+      ids->push_back(*whole);
+      return;
+    }
+  }
+  thread_local std::vector<int32_t> begin;
+  begin.clear();
+  symbols.Of(piece, &begin);
+  merges.Merge(begin, ids);
+}
+
 Status BpeEncoder::Encode(std::string_view text, bool at_start, std::vector<int32_t>* ids) const {
+  thread_local PieceMemory memory;
   std::deque<std::string> owned;
   KV_ASSIGN_OR_RETURN(const auto pieces, pre_tokenizer->Cut(text, at_start, &owned));
-  std::string spelled;
-  std::vector<int32_t> begin;
   for (const std::string_view piece : pieces) {
-    if (whole_pieces != nullptr) {
-      std::string_view written = piece;
-      if (pre_tokenizer->byte_level()) {
-        spelled.clear();
-        for (const char byte : piece) {
-          AppendUtf8(ByteAlphabet()[static_cast<uint8_t>(byte)], &spelled);
-        }
-        written = spelled;
-      }
-      const auto whole = whole_pieces->IdOf(written);
-      if (whole.has_value() && whole_pieces->Find(*whole)->in_model) {
-        ids->push_back(*whole);
-        continue;
-      }
-    }
-    begin.clear();
-    symbols.Of(piece, &begin);
-    merges.Merge(begin, ids);
+    if (memory.Find(owner_, piece, ids)) continue;
+    const size_t before = ids->size();
+    EncodePiece(piece, ids);
+    memory.Set(owner_, piece, std::span(*ids).subspan(before));
   }
   return OkStatus();
 }

@@ -14,6 +14,7 @@
 #include "node/added_tokens.h"
 #include "node/bpe.h"
 #include "node/normalizer.h"
+#include "node/piece_memory.h"
 #include "node/pre_tokenizer.h"
 #include "node/tokenizer.h"
 
@@ -66,6 +67,11 @@ class BpeEncoder : public TextEncoder {
   BpeMerges merges;
   // Not nullptr (ignore_merges): a piece that is one of these tokens is that token. Borrowed.
   const Vocabulary* whole_pieces = nullptr;
+
+ private:
+  void EncodePiece(std::string_view piece, std::vector<int32_t>* ids) const;
+
+  const uint64_t owner_ = PieceMemory::NewOwner();
 };
 
 // How tokens become a text.
