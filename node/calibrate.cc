@@ -598,7 +598,7 @@ Result<KltPack> Calibrator::Run() {
   pack_.width = width_;
   pack_.hidden = config_.hidden;
   pack_.layers = config_.layers;
-  pack_.group_width = options_.group_width > 0 ? options_.group_width : DefaultGroupWidth(config_);
+  pack_.group_width = options_.group_width;
   KV_RETURN_IF_ERROR(SetTransforms());
   pack_.model = ToHex(model_.digest());
   // First, so that a wrong file of weights is found before the work.

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "node/klt_groups.h"
 
 namespace kvant::node {
 
@@ -16,7 +17,7 @@ struct CalibrateOptions {
   std::string weights;             // file of scripts/calibrate-fisher; empty: from attention
   // Layers that a reader may recompute, ascending; besides nothing. -1: a third of the model's.
   std::vector<int> recompute = {-1};
-  int group_width = 0;  // of a transform's layers together; 0: DefaultGroupWidth
+  int group_width = kKltGroupWidth;
   int tokens = 100000;  // of all texts, at most
   int length = 1024;    // tokens of a sequence, rounded down to whole blocks
   int threads = 0;      // 0: one a core

@@ -4,10 +4,6 @@
 
 namespace kvant::node {
 
-int DefaultGroupWidth(const ModelConfig& config) {
-  return std::min(3 * config.hidden, kKltGroupWidth);
-}
-
 int StateWidth(const ModelConfig& config) {
   const kernels::LayerShape state = config.StateShape(1);
   return state.keys.kv_heads * state.keys.head_dim + state.values.kv_heads * state.values.head_dim;

@@ -7,7 +7,8 @@
 
 namespace kvant::node {
 
-// Floats of a group's layers together at most, unless one layer has more; of packs that do not say.
+// Floats of a group's layers together at most, unless one layer has more, where nothing else is
+// said. Narrower groups are coded sooner (docs/klt.md, "Wide or narrow groups").
 inline constexpr int kKltGroupWidth = 3072;
 // As much as may be asked for.
 inline constexpr int kKltMostGroupWidth = 1 << 16;
@@ -20,11 +21,6 @@ struct KltGroup {
   // last one of global layers. Those of global layers have no sliding ones among them.
   std::vector<int> sources;
 };
-
-// What calibration takes where nothing is asked for. A token's cost in a group grows with the
-// group's width, and what prefill takes for the same layers with the square of the model's: this
-// keeps their ratio about the same, at bytes that hardly differ from those of wider groups.
-int DefaultGroupWidth(const ModelConfig& config);
 
 // Floats that a layer keeps of a token.
 int StateWidth(const ModelConfig& config);

@@ -234,12 +234,11 @@ void AddCalibrateOptions(CLI::App* command, CalibrateOptions* calibrate) {
                    "(default: a third of the model's)")
       ->delimiter(',');
   command
-      ->add_option(
-          "--group-width", calibrate->group_width,
-          "Numbers of a token that one transform takes together at most: fewer are decoded "
-          "sooner, more take fewer bytes (default: 3 times the model's hidden size, at most "
-          "3072)")
-      ->check(CLI::Range(1, kKltMostGroupWidth));
+      ->add_option("--group-width", calibrate->group_width,
+                   "Numbers of a token that one transform takes together at most: fewer are coded "
+                   "sooner, more take fewer bytes")
+      ->check(CLI::Range(1, kKltMostGroupWidth))
+      ->capture_default_str();
   command->add_option("--tokens", calibrate->tokens, "Of all texts, the same share of each")
       ->check(CLI::Range(1024, 1 << 24))
       ->capture_default_str();
