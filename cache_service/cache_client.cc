@@ -74,6 +74,14 @@ Status CacheClient::Impl::Unreachable(size_t shard) const {
   return Unavailable("shard {} is not reachable; go on without it", map_.shards()[shard].address);
 }
 
+Result<ExposedWindow> CacheClient::Impl::Expose(const Lease& buffer, size_t shard, uint64_t length,
+                                                Access access) {
+  if (!Reachable(shard)) return Unreachable(shard);
+  Result<ExposedWindow> window = arena_->Expose(buffer, endpoints_[shard], 0, length, access);
+  if (window.status().code() == StatusCode::kUnavailable) return Unreachable(shard);
+  return window;
+}
+
 ClientEvent& CacheClient::Impl::Report(Kind kind, OpId op, Status status) {
   if (status.code() == StatusCode::kDeadlineExceeded) ++stats_.deadlines_missed;
   ClientEvent& event = events_.emplace_back();

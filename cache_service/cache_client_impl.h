@@ -102,6 +102,9 @@ class CacheClient::Impl {
   wire::Envelope Ask(uint64_t request_id, TimePoint deadline, TimePoint now) const;
   void Send(size_t shard, const wire::Envelope& envelope);
   Status Unreachable(size_t shard) const;
+  // A window onto the first `length` bytes of a buffer for a shard. kUnavailable names the shard,
+  // also where the transport knows before we do that it is gone.
+  Result<ExposedWindow> Expose(const Lease& buffer, size_t shard, uint64_t length, Access access);
 
   void OnMessage(size_t shard, std::span<const std::byte> bytes, TimePoint now);
   void OnRefused(uint64_t request_id, const Request& request, const Status& status);

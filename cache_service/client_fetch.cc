@@ -52,10 +52,7 @@ OpId CacheClient::Impl::Fetch(FetchRequest request, TimePoint now) {
 void CacheClient::Impl::StartPart(OpId op, FetchOp* fetch, size_t shard, std::vector<size_t> items,
                                   TimePoint now) {
   const Lease& buffer = *fetch->request.buffer;
-  Result<ExposedWindow> window =
-      Reachable(shard)
-          ? arena_->Expose(buffer, endpoints_[shard], 0, buffer.size(), Access::kRemoteWrite)
-          : Result<ExposedWindow>(Unreachable(shard));
+  Result<ExposedWindow> window = Expose(buffer, shard, buffer.size(), Access::kRemoteWrite);
   if (!window.ok()) {
     for (const size_t item : items) EndItem(fetch, op, nullptr, item, window.status(), false);
     return;

@@ -28,12 +28,8 @@ OpId CacheClient::Impl::BeginPut(const PutRequest& request, TimePoint now) {
            false, false, now);
     return op;
   }
-  if (!Reachable(put.shard)) {
-    EndPut(op, Unreachable(put.shard), false, false, now);
-    return op;
-  }
-  Result<ExposedWindow> window = arena_->Expose(*request.buffer, endpoints_[put.shard], 0,
-                                                request.payload_bytes, Access::kRemoteRead);
+  Result<ExposedWindow> window =
+      Expose(*request.buffer, put.shard, request.payload_bytes, Access::kRemoteRead);
   if (!window.ok()) {
     EndPut(op, window.status(), false, false, now);
     return op;

@@ -230,6 +230,16 @@ TEST_F(HostileShm, WhatLandsForEverIsFreeWhenThePeerIsGone) {
   EXPECT_EQ(arena_->Collect(), 0U);
 }
 
+TEST_F(HostileShm, NothingIsExposedToAPeerThatIsGoneBeforeThatIsPolled) {
+  RawShmPeer peer(name_);
+  Endpoint* endpoint = Accept();
+  Lease lease = *arena_->Lend(4096);
+  peer.HangUp();
+  const auto window = arena_->Expose(lease, endpoint->id(), 0, 4096, Access::kRemoteWrite);
+  EXPECT_EQ(window.status().code(), StatusCode::kUnavailable) << window.status().ToString();
+  ASSERT_TRUE(Await(Event::Kind::kClosed));
+}
+
 TEST_F(HostileShm, AnotherProtocolIsRefused) {
   const tcp::Socket socket = *shm::Connect(name_);
   ASSERT_TRUE(shm::SendPacket(socket, {.version = 9, .first = 1}, {}, {}));

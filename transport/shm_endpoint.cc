@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <utility>
 
@@ -446,6 +447,8 @@ Result<RemoteWindow> ShmEndpoint::Expose(const Pages& pages, uint64_t offset, ui
                      .first = pages.number,
                      .second = pages.memory.bytes().size()},
                     {}, {pages.memory.fd()})) {
+      // A process that is gone shows in the next poll, too.
+      if (errno != EAGAIN) return Unavailable("{}: its process is gone", peer_);
       return MakeStatus(StatusCode::kResourceExhausted,
                         "exposing memory to {}: its socket is full; poll first", peer_);
     }

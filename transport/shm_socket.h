@@ -51,7 +51,7 @@ Result<tcp::Socket> Connect(std::string_view name);
 // one of both as root.
 bool Trusted(const tcp::Socket& socket);
 
-// False: the socket is full, or broken.
+// False: the socket is full (errno is EAGAIN), or broken.
 bool SendPacket(const tcp::Socket& socket, const PacketHeader& header, std::string_view text,
                 std::initializer_list<int> files);
 enum class Received : uint8_t { kPacket, kNothing, kEnd, kMalformed };

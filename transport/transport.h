@@ -125,7 +125,7 @@ class MemoryRegion {
  public:
   virtual ~MemoryRegion() = default;
   virtual std::span<std::byte> bytes() const = 0;
-  // Lets `peer` reach [offset, offset + length). kInvalidArgument: outside the region.
+  // Lets `peer` reach [offset, offset + length). kInvalidArgument: outside. kUnavailable: is gone.
   virtual Result<RemoteWindow> Expose(EndpointId peer, uint64_t offset, uint64_t length,
                                       Access access) = 0;
   // Takes the window back. True: no byte lands in it any more. False: one may still be landing (a
