@@ -54,7 +54,8 @@ constexpr float kLeast = 1.0F / 64;  // deviation of a coefficient that is kept
 // Names of cuts, and the mean KL that each aims at.
 constexpr std::pair<std::string_view, double> kCuts[] = {
     {"finest", 1e-4}, {"fine", 1e-3}, {"medium", 5e-3}, {"coarse", 1.5e-2}};
-// What a step costs grows with its square; those found too dear are aimed a little lower, so often.
+// What a step costs grows about with its square. Those found too dear are aimed a little lower, at
+// most so many times.
 constexpr double kStepPower = 0.5;
 constexpr double kFinerStill = 0.98;
 constexpr int kMostFinishes = 3;

@@ -246,7 +246,6 @@ void KltLevels::Write(std::span<const int32_t> levels, const KltPlaces& places,
     const KltPlace place = places.At(i);
     const uint32_t folded = Folded(levels[i]);
     symbols[i] = SymbolOf(levels[i], place);
-    if (symbols[i] != kEscape && place.low_bits == 0) continue;
     if (symbols[i] == kEscape) low.Put(folded >> place.low_bits, kEscapeBits);
     if (place.low_bits > 0) low.Put(folded & ((1U << place.low_bits) - 1), place.low_bits);
   }
