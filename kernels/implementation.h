@@ -58,12 +58,12 @@ struct Implementation {
   // Writes the ascending indices of the bytes[count] that are not 0 to `at`, which has room for all
   // of them and 32 more. Returns how many they are. REQUIRES: count <= 65536.
   size_t (*not_zero)(const uint8_t* bytes, size_t count, uint16_t* at);
-  // levels[count]: of the two whole numbers around x the lower one, n, where x is below
-  // parted[table][n + kRoundedLevels / 2], else the next; folded[count]: 0, 1, -1, 2, ... as 0, 1,
-  // 2, 3, ... What is not nearer to 0 than kRoundedLevels / 2 - 1 counts as 0, and makes the result
-  // false. parted: of 256 tables at most, [table][kRoundedLevels].
+  // Rounds x[count] to the lower one, n, of the two whole numbers around it where it is below
+  // parted[table][n + kRoundedLevels / 2], else to the next. folded[count]: 0, 1, -1, 2, ... as 0,
+  // 1, 2, 3, ... What is not nearer to 0 than kRoundedLevels / 2 - 1 counts as 0, and makes the
+  // result false. parted: of 256 tables at most, [table][kRoundedLevels].
   bool (*round_levels)(const float* x, const uint8_t* table, size_t count, const float* parted,
-                       int32_t* levels, uint8_t* folded);
+                       uint8_t* folded);
   // The largest exponent of each row of raw[rows][width].
   void (*lossless_tops)(const uint16_t* raw, size_t rows, size_t width, uint8_t* tops);
   // Symbols, pairs of them, and signs and mantissas of raw[rows][width], an even number of

@@ -378,7 +378,7 @@ void KltCoder::CodeGroup(size_t group, int position, std::span<const float> left
       }
       begin = of.places.end[token];
     }
-    levels_.RoundAll(of.rounded, of.places, &of.levels, &of.read);
+    levels_.RoundAll(of.rounded, of.places, &of.read);
     Refine(cut, position, code->tokens, of.places, of.read, &code->values);
     if (cut == 0) {
       kernels::SparseRows terms;
@@ -407,7 +407,7 @@ void KltCoder::Encode(const KltSide& side, int position, const Rows& exact,
       if (cut == 0) {
         for (const KltToken token : code.tokens) extent.push_back(ByteOf(token));
       }
-      levels_.Write(code.cuts[cut].levels, code.cuts[cut].places, &extent);
+      levels_.Write(code.cuts[cut].read, code.cuts[cut].places, &extent);
     }
   }
 }

@@ -72,9 +72,8 @@ class KltCoder {
   struct Code {
     struct OfCut {
       KltPlaces places;
-      std::vector<float> rounded;   // [coded], in steps, before rounding
-      std::vector<int32_t> levels;  // [coded]
-      KltLevelsRead read;           // the same, as a reader has it
+      std::vector<float> rounded;  // [coded], in steps, before rounding
+      KltLevelsRead read;          // as a reader has it
     };
     std::vector<KltToken> tokens;     // [kBlockTokens]
     std::vector<float> coefficients;  // [kBlockTokens][coefficients]

@@ -340,10 +340,10 @@ std::unique_ptr<KltFit::Counts> KltFit::CountOnce(std::span<const std::vector<si
       KltCoder::Code code;
       const KltCoder::Watch watch = [&](size_t cut, const KltCoder::Code& code_so_far) {
         const KltCoder::Code::OfCut& of = code_so_far.cuts[cut];
-        for (size_t i = 0; i < of.levels.size(); ++i) {
+        for (size_t i = 0; i < of.read.size(); ++i) {
           const KltPlace place = of.places.At(i);
           const auto table = static_cast<size_t>(place.table);
-          const int32_t level = of.levels[i];
+          const int32_t level = of.read.Level(i);
           ++own->levels[table][levels.SymbolOf(level, place)];
           if (place.low_bits > 0) continue;
           Counts::Mean& mean = own->means[table][std::min<size_t>(Folded(level), kKltMeans - 1)];

@@ -192,22 +192,17 @@ bool KltLevels::LowerCostsLess(float x, int32_t below, KltPlace place) const {
 }
 
 void KltLevels::RoundAll(std::span<const float> x, const KltPlaces& places,
-                         std::vector<int32_t>* levels, KltLevelsRead* read) const {
+                         KltLevelsRead* levels) const {
   const size_t coded = places.coded();
   KV_CHECK(x.size() == coded);
-  levels->resize(coded);
-  read->Reset(coded);
-  const auto round_one = [&](size_t i) {
-    (*levels)[i] = Round(x[i], places.At(i));
-    read->Set(i, (*levels)[i]);
-  };
+  levels->Reset(coded);
+  const auto round_one = [&](size_t i) { levels->Set(i, Round(x[i], places.At(i))); };
   if (parted_.empty()) {
     for (size_t i = 0; i < coded; ++i) round_one(i);
     return;
   }
   const bool all_near = kernels::ActiveImplementation().round_levels(
-      x.data(), places.table.data(), coded, parted_.front().data(), levels->data(),
-      read->folded_.data());
+      x.data(), places.table.data(), coded, parted_.front().data(), levels->folded_.data());
   for (size_t i = 0; i < coded; i += sizeof(uint64_t)) {
     const size_t count = std::min(sizeof(uint64_t), coded - i);
     uint64_t low_bits = 0;
@@ -222,11 +217,9 @@ void KltLevels::RoundAll(std::span<const float> x, const KltPlaces& places,
 int32_t KltLevels::Round(float x, KltPlace place) const {
   if (!parted_.empty() && place.low_bits == 0 && IsNear(x)) {
     const auto table = static_cast<uint8_t>(place.table);
-    int32_t level = 0;
     uint8_t folded = 0;
-    kernels::ActiveImplementation().round_levels(&x, &table, 1, parted_.front().data(), &level,
-                                                 &folded);
-    return level;
+    kernels::ActiveImplementation().round_levels(&x, &table, 1, parted_.front().data(), &folded);
+    return Unfolded(folded);
   }
   constexpr auto kMost = static_cast<float>(kKltLargestLevel - 1);
   // What is no number, of a state that overflowed, goes somewhere as well.
@@ -237,15 +230,16 @@ int32_t KltLevels::Round(float x, KltPlace place) const {
   return LowerCostsLess(clamped, below, place) ? below : below + 1;
 }
 
-void KltLevels::Write(std::span<const int32_t> levels, const KltPlaces& places,
+void KltLevels::Write(const KltLevelsRead& levels, const KltPlaces& places,
                       std::vector<std::byte>* out) const {
   KV_CHECK(levels.size() == places.coded());
   std::vector<uint8_t> symbols(levels.size());
   BitWriter low;
   for (size_t i = 0; i < levels.size(); ++i) {
     const KltPlace place = places.At(i);
-    const uint32_t folded = Folded(levels[i]);
-    symbols[i] = SymbolOf(levels[i], place);
+    const int32_t level = levels.Level(i);
+    const uint32_t folded = Folded(level);
+    symbols[i] = SymbolOf(level, place);
     if (symbols[i] == kEscape) low.Put(folded >> place.low_bits, kEscapeBits);
     if (place.low_bits > 0) low.Put(folded & ((1U << place.low_bits) - 1), place.low_bits);
   }

@@ -148,8 +148,7 @@ class KltLevels {
   // The level of x (in steps) that costs least, error and bits together, of the two around it.
   int32_t Round(float x, KltPlace place) const;
   // The same of all of x [places.coded()], which are in steps.
-  void RoundAll(std::span<const float> x, const KltPlaces& places, std::vector<int32_t>* levels,
-                KltLevelsRead* read) const;
+  void RoundAll(std::span<const float> x, const KltPlaces& places, KltLevelsRead* levels) const;
   // What a level stands for, in steps.
   float Value(int32_t level, KltPlace place) const {
     const auto of_level = static_cast<float>(level);
@@ -172,7 +171,7 @@ class KltLevels {
   }
 
   // Appends levels [places.coded()] to `out`.
-  void Write(std::span<const int32_t> levels, const KltPlaces& places,
+  void Write(const KltLevelsRead& levels, const KltPlaces& places,
              std::vector<std::byte>* out) const;
   // Reads what Write made of as many levels at these places, and that takes all of `in`.
   // kDataLoss: it is something else; what was read is undefined then.

@@ -158,7 +158,7 @@ inline std::vector<Digest> KltLevelDigests(const KltCoder& coder, std::span<cons
       size_t i = 0;
       for (size_t token = 0; token < kBlockTokens; ++token) {
         for (; i < of.places.end[token]; ++i)
-          all[token * count + of.places.coefficient[i]] = of.levels[i];
+          all[token * count + of.places.coefficient[i]] = of.read.Level(i);
       }
       levels[cut].insert(levels[cut].end(), all.begin(), all.end());
     }

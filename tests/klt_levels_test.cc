@@ -25,6 +25,13 @@ std::vector<int32_t> All(const KltLevelsRead& read) {
   return levels;
 }
 
+KltLevelsRead Of(const std::vector<int32_t>& levels) {
+  KltLevelsRead read;
+  read.Reset(levels.size());
+  for (size_t i = 0; i < levels.size(); ++i) read.Set(i, levels[i]);
+  return read;
+}
+
 // Of one token.
 KltPlaces Coded(const std::vector<KltPlace>& places) {
   KltPlaces coded;
@@ -119,7 +126,7 @@ TEST_F(KltLevelsTest, PlacesOfExtremesExist) {
       const KltPlaces coded = Coded(places);
       const std::vector<int32_t> written(coded.coded(), kKltLargestLevel);
       std::vector<std::byte> bytes;
-      levels.Write(written, coded, &bytes);
+      levels.Write(Of(written), coded, &bytes);
       KltLevelsRead read;
       ASSERT_TRUE(levels.Read(bytes, coded, &read).ok());
       EXPECT_EQ(All(read), written);
@@ -148,7 +155,7 @@ TEST_F(KltLevelsTest, ReadsWhatItWrote) {
     std::vector<int32_t> written(places.coded());
     for (int32_t& level : written) level = random_.Chance(0.1) ? RandomLevel() : 0;
     std::vector<std::byte> bytes(3);  // Write appends
-    levels.Write(written, places, &bytes);
+    levels.Write(Of(written), places, &bytes);
     KltLevelsRead read;
     read.Reset(7);
     read.Set(3, kKltLargestLevel);
@@ -180,11 +187,10 @@ TEST_F(KltLevelsTest, RoundsAllAsEach) {
         of = static_cast<float>(random_.Normal() * (random_.Chance(0.9) ? 2 : 1000));
         if (random_.Chance(0.01)) of = NAN;
       }
-      std::vector<int32_t> rounded;
-      KltLevelsRead read;
-      levels.RoundAll(x, places, &rounded, &read);
-      EXPECT_EQ(All(read), rounded);
-      for (size_t i = 0; i < x.size(); ++i) EXPECT_EQ(rounded[i], levels.Round(x[i], places.At(i)));
+      KltLevelsRead rounded;
+      levels.RoundAll(x, places, &rounded);
+      for (size_t i = 0; i < x.size(); ++i)
+        EXPECT_EQ(rounded.Level(i), levels.Round(x[i], places.At(i)));
     }
   }
 }
@@ -244,7 +250,7 @@ class KltEscapes : public KltLevelsTest {
     const KltLevels levels(statistics_);
     std::vector<std::byte> bytes;
     const KltPlaces places = Coded({place});
-    levels.Write(std::vector<int32_t>{kKltLargestLevel}, places, &bytes);
+    levels.Write(Of({kKltLargestLevel}), places, &bytes);
     EXPECT_EQ(levels.SymbolOf(kKltLargestLevel, place), kKltSymbols - 1);
     bytes.resize(sizeof(uint32_t) + LoadLittle<uint32_t>(bytes.data()));
     for (int bit = 0; bit < bits; bit += 8) bytes.push_back(static_cast<std::byte>(low >> bit));

@@ -134,14 +134,14 @@ TEST(RansTest, EveryImplementationRoundsTheSame) {
       expected[i] = value < parted[at] ? below : below + 1;
     }
     for (const Implementation* implementation : All()) {
-      std::vector<int32_t> levels(count);
       std::vector<uint8_t> folded(count);
-      EXPECT_EQ(implementation->round_levels(x.data(), table.data(), count, parted.data(),
-                                             levels.data(), folded.data()),
-                near);
-      EXPECT_EQ(levels, expected) << implementation->name;
-      for (size_t i = 0; i < count; ++i)
-        EXPECT_EQ(folded[i], expected[i] > 0 ? 2 * expected[i] - 1 : -2 * expected[i]);
+      EXPECT_EQ(
+          implementation->round_levels(x.data(), table.data(), count, parted.data(), folded.data()),
+          near);
+      for (size_t i = 0; i < count; ++i) {
+        EXPECT_EQ(folded[i], expected[i] > 0 ? 2 * expected[i] - 1 : -2 * expected[i])
+            << implementation->name;
+      }
     }
   }
 }
