@@ -53,18 +53,18 @@ Status Decoder::CollectTiles(PastBlocks* past, int layer, int first) {
   return OkStatus();
 }
 
-// Rows attend tiles_, which begin at block `first_block`, and the block's own tokens.
-void Decoder::AttendBlock(const PrefillBlock& block, int layer, int first_block) {
+void Decoder::AttendBlock(const PrefillBlock& block, int layer, int first_block, int first_row) {
   const ModelConfig& config = model_->config();
   const int tokens = static_cast<int>(block.tokens.size());
   const int value_dim = a_.state().values.head_dim;
   const bool window = config.Window(layer) != 0;
   // Two pieces for each thread, as long as each row's tiles are loaded for some others too.
-  const int rows = std::clamp((tokens + 2 * pool_->threads() - 1) / (2 * pool_->threads()),
+  const int all = tokens - first_row;
+  const int rows = std::clamp((all + 2 * pool_->threads() - 1) / (2 * pool_->threads()),
                               kFewestRowsPerPiece, kMostRowsPerPiece);
-  const int pieces = (tokens + rows - 1) / rows;
+  const int pieces = (all + rows - 1) / rows;
   pool_->ParallelFor(pieces, [&](int piece) {
-    const int first = piece * rows;
+    const int first = first_row + piece * rows;
     const int end = std::min(first + rows, tokens);
     const QueryBlock queries = a_.Queries(first, end - first, static_cast<size_t>(first));
     kernels::InitPartials(queries, value_dim);
@@ -89,7 +89,7 @@ void Decoder::AttendBlock(const PrefillBlock& block, int layer, int first_block)
   });
 }
 
-Status Decoder::ForwardBlock(const PrefillBlock& block, const LayerSink& sink, bool to_the_end) {
+Status Decoder::ForwardBlock(const PrefillBlock& block, const LayerSink& sink, Outputs outputs) {
   const ModelConfig& config = model_->config();
   const int tokens = static_cast<int>(block.tokens.size());
   KV_CHECK(tokens >= 1 && tokens <= kBlockTokens);
@@ -101,27 +101,34 @@ Status Decoder::ForwardBlock(const PrefillBlock& block, const LayerSink& sink, b
     model_->Embed(block.tokens[static_cast<size_t>(row)], a_.Row(a_.x, row, config.hidden));
   }
   const int last = block.last_layer >= 0 ? block.last_layer : config.layers - 1;
-  KV_CHECK(last + 1 == config.layers || (last < config.layers && !to_the_end));
+  KV_CHECK(last + 1 == config.layers || (last < config.layers && outputs == Outputs::kNone));
   for (int layer = 0; layer <= last; ++layer) {
     if (block.entering != nullptr) (*block.entering)(layer, a_.x.data());
     a_.ProjectState(layer, std::span(positions, block.tokens.size()));
     KV_RETURN_IF_ERROR(sink(layer, a_.k.data(), a_.v.data()));
     if (block.queries != nullptr) (*block.queries)(layer, a_.q.data());
     // Nobody reads what the last layer would add to the stream, unless for logits.
-    if (layer == last && !to_the_end) break;
+    if (layer == last && outputs == Outputs::kNone) break;
 
     const int first_block = config.FirstVisible(layer, block.position) / kBlockTokens;
     tiles_.clear();
     KV_RETURN_IF_ERROR(CollectTiles(block.past, layer, first_block));
-    AttendBlock(block, layer, first_block);
-    a_.FinishAttention(layer, tokens);
-    a_.Mlp(layer, tokens);
+    const bool alone = layer == last && outputs == Outputs::kLastRow;
+    AttendBlock(block, layer, first_block, alone ? tokens - 1 : 0);
+    if (alone) {
+      for (const auto& [numbers, width] :
+           {std::pair(&a_.x, a_.hidden()), std::pair(&a_.attended, a_.attended_width())})
+        std::copy_n(a_.Row(*numbers, tokens - 1, width), width, numbers->data());
+    }
+    a_.FinishAttention(layer, alone ? 1 : tokens);
+    a_.Mlp(layer, alone ? 1 : tokens);
   }
   return OkStatus();
 }
 
 Status Decoder::Prefill(const PrefillBlock& block, const LayerSink& sink, float* logits) {
-  KV_RETURN_IF_ERROR(ForwardBlock(block, sink, logits != nullptr));
+  KV_RETURN_IF_ERROR(
+      ForwardBlock(block, sink, logits != nullptr ? Outputs::kAllRows : Outputs::kNone));
   if (logits != nullptr) a_.Logits(static_cast<int>(block.tokens.size()), logits);
   return OkStatus();
 }
@@ -134,10 +141,8 @@ Status Decoder::PrefillTail(const PrefillBlock& block, OpenTile* open, float* lo
     std::copy_n(values, tokens * open->value_width_, open->Values(layer, 0));
     return OkStatus();
   };
-  KV_RETURN_IF_ERROR(ForwardBlock(block, sink, true));
+  KV_RETURN_IF_ERROR(ForwardBlock(block, sink, Outputs::kLastRow));
   open->tokens_ = static_cast<int>(tokens);
-  // Only one row is looked at, so it is computed alone.
-  std::copy_n(a_.Row(a_.x, static_cast<int>(tokens) - 1, a_.hidden()), a_.hidden(), a_.x.data());
   a_.Logits(1, logits);
   return OkStatus();
 }

@@ -128,9 +128,12 @@ class Decoder {
     int position = 0;       // of the first tile's first token
   };
 
-  // Leaves the last layer's output in the residual stream, if `to_the_end`.
-  Status ForwardBlock(const PrefillBlock& block, const LayerSink& sink, bool to_the_end);
-  void AttendBlock(const PrefillBlock& block, int layer, int first_block);
+  // Rows whose output of the last layer is left in the residual stream, one behind the other.
+  enum class Outputs : uint8_t { kNone, kLastRow, kAllRows };
+  Status ForwardBlock(const PrefillBlock& block, const LayerSink& sink, Outputs outputs);
+  // Rows from `first_row` on attend tiles_, which begin at block `first_block`, and the block's own
+  // tokens.
+  void AttendBlock(const PrefillBlock& block, int layer, int first_block, int first_row);
   // Cuts one row's past and open tile into pieces_.
   Status CutPieces(int row, const DecodeRow& from, int layer);
   void AttendPieces(std::span<const DecodeRow> rows, int layer);

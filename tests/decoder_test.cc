@@ -422,6 +422,23 @@ TEST_P(BitsTest, PrefillEndsWithTheErrorOfItsPastOrSink) {
   EXPECT_EQ(sequence.open.tokens(), 0);
 }
 
+// A tail computes less of its last layer.
+TEST_P(BitsTest, ATailEndsWithTheLogitsOfItsLastToken) {
+  kernels::ThreadPool pool(2);
+  Decoder decoder(model_.get(), &pool);
+  const int vocab = model_->config().vocab;
+  for (const int tail : {1, 2, 7, 64}) {
+    Sequence sequence(model_->config(), codec());
+    sequence.Prefill(&decoder, Tokens(0, 128), false);
+    Floats logits(static_cast<size_t>(vocab));
+    const PrefillBlock block{Tokens(128, tail), 128, &sequence.past};
+    ASSERT_TRUE(decoder.PrefillTail(block, &sequence.open, logits.data()).ok());
+    const Floats all = sequence.Prefill(&decoder, Tokens(128, tail));
+    const auto last = RowOf(all, tail - 1, vocab);
+    EXPECT_TRUE(std::equal(logits.begin(), logits.end(), last.begin())) << tail << " tokens";
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Codecs, BitsTest,
                          testing::Values(CodecId::kRawBf16, CodecId::kTile8, CodecId::kTile4));
 
