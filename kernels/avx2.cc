@@ -70,6 +70,8 @@ const Implementation kAvx2 = {
     GateAll<Silu>,
     GateAll<GeluTanh>,
     SoftmaxAll,
+    RotateAll<Turn>,
+    RotateAll<TurnBack>,
     RansEncodeAll,
     RansDecodeWide,
     NotZero,

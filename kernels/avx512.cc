@@ -61,11 +61,28 @@ bool RunsHere() {
 }  // namespace
 
 const Implementation kAvx512 = {
-    "avx512",          RunsHere,         TileEncode,         TileDecode,
-    AttendTileAny,     AttendRawTokens,  OrderedMultiplyAll, OrderedAddSparse,
-    FactorRowsAll,     CodedMultiplyAll, RmsNormRows,        GateAll<Silu>,
-    GateAll<GeluTanh>, SoftmaxAll,       RansEncodeWide,     RansDecodeWide,
-    NotZero,           RoundLevels,      LosslessTops,       LosslessSplit,
+    "avx512",
+    RunsHere,
+    TileEncode,
+    TileDecode,
+    AttendTileAny,
+    AttendRawTokens,
+    OrderedMultiplyAll,
+    OrderedAddSparse,
+    FactorRowsAll,
+    CodedMultiplyAll,
+    RmsNormRows,
+    GateAll<Silu>,
+    GateAll<GeluTanh>,
+    SoftmaxAll,
+    RotateAll<Turn>,
+    RotateAll<TurnBack>,
+    RansEncodeWide,
+    RansDecodeWide,
+    NotZero,
+    RoundLevels,
+    LosslessTops,
+    LosslessSplit,
     LosslessMerge,
 };
 

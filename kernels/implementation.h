@@ -43,6 +43,12 @@ struct Implementation {
   void (*silu_multiply)(float* gate, const float* up, size_t count);
   void (*gelu_multiply)(float* gate, const float* up, size_t count);
   void (*softmax)(float* x, size_t count);
+  // Turns the pairs x[i] and x[half + i] of each of some vectors, `stride` floats apart, by angles
+  // of which these are the cosines[half] and sines[half] times a factor; and takes that back.
+  void (*rotate)(float* x, int vectors, size_t stride, int half, const float* cosines,
+                 const float* sines);
+  void (*rotate_back)(float* x, int vectors, size_t stride, int half, const float* cosines,
+                      const float* sines);
 
   // Encodes symbols[count] with tables as RansEncodeTables has them, `alphabet` symbols long; the
   // words of the stream end at `end`, its states go to state[kRansLanes]. Returns where the words

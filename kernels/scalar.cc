@@ -25,11 +25,28 @@ namespace {
 }  // namespace
 
 const Implementation kScalar = {
-    "scalar",          [] { return true; }, TileEncode,         TileDecode,
-    AttendTileAny,     AttendRawTokens,     OrderedMultiplyAll, OrderedAddSparse,
-    FactorRowsAll,     CodedMultiplyAll,    RmsNormRows,        GateAll<Silu>,
-    GateAll<GeluTanh>, SoftmaxAll,          RansEncodeAll,      RansDecodeAll,
-    NotZero,           RoundLevels,         LosslessTops,       LosslessSplit,
+    "scalar",
+    [] { return true; },
+    TileEncode,
+    TileDecode,
+    AttendTileAny,
+    AttendRawTokens,
+    OrderedMultiplyAll,
+    OrderedAddSparse,
+    FactorRowsAll,
+    CodedMultiplyAll,
+    RmsNormRows,
+    GateAll<Silu>,
+    GateAll<GeluTanh>,
+    SoftmaxAll,
+    RotateAll<Turn>,
+    RotateAll<TurnBack>,
+    RansEncodeAll,
+    RansDecodeAll,
+    NotZero,
+    RoundLevels,
+    LosslessTops,
+    LosslessSplit,
     LosslessMerge,
 };
 

@@ -133,38 +133,19 @@ RopeTable::RopeTable(int head_dim, double theta, const RopeScaling& scaling, int
   }
 }
 
-template <typename Turn>
-void RopeTable::ForEachPair(float* x, int heads, size_t stride, int position,
-                            const Turn& turn) const {
+size_t RopeTable::Of(int position) const {
   KV_CHECK(position >= 0 && position < max_positions_);
-  const size_t at = static_cast<size_t>(position) * static_cast<size_t>(half_);
-  const float* cosines = cos_.data() + at;
-  const float* sines = sin_.data() + at;
-  for (int h = 0; h < heads; ++h) {
-    float* low = x + static_cast<size_t>(h) * stride;
-    float* high = low + half_;
-    for (int i = 0; i < half_; ++i) turn(&low[i], &high[i], cosines[i], sines[i]);
-  }
+  return static_cast<size_t>(position) * static_cast<size_t>(half_);
 }
 
 void RopeTable::Apply(float* x, int heads, size_t stride, int position) const {
-  ForEachPair(x, heads, stride, position, [](float* low, float* high, float cosine, float sine) {
-    const float a = *low;
-    const float b = *high;
-    *low = a * cosine - b * sine;
-    *high = b * cosine + a * sine;
-  });
+  const size_t at = Of(position);
+  ActiveImplementation().rotate(x, heads, stride, half_, cos_.data() + at, sin_.data() + at);
 }
 
 void RopeTable::Undo(float* x, int heads, size_t stride, int position) const {
-  ForEachPair(x, heads, stride, position, [](float* low, float* high, float cosine, float sine) {
-    // YaRN's factor of attention is in both.
-    const float square = cosine * cosine + sine * sine;
-    const float a = *low;
-    const float b = *high;
-    *low = (a * cosine + b * sine) / square;
-    *high = (b * cosine - a * sine) / square;
-  });
+  const size_t at = Of(position);
+  ActiveImplementation().rotate_back(x, heads, stride, half_, cos_.data() + at, sin_.data() + at);
 }
 
 void RopeTable::ApplyInterleaved(float* x, int heads, size_t stride, int position) const {

@@ -70,9 +70,8 @@ class RopeTable {
   int max_positions() const { return max_positions_; }
 
  private:
-  // turn(low, high, cosine, sine) for each pair of channels in the layout of Apply.
-  template <typename Turn>
-  void ForEachPair(float* x, int heads, size_t stride, int position, const Turn& turn) const;
+  // Where a position's cosines and sines begin.
+  size_t Of(int position) const;
 
   int half_;
   int max_positions_;

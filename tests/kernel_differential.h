@@ -549,12 +549,65 @@ inline Difference SoftmaxDifference(FuzzInput* input) {
                            [&](size_t i) { return 1e-5 * expected[i] + 1e-30; });
 }
 
+// There and back again.
+inline Difference RotateDifference(FuzzInput* input) {
+  const int vectors = 1 + Pick(input, 3);
+  const int half = 1 + Pick(input, 100);
+  const auto pairs = static_cast<size_t>(half);
+  const size_t stride = 2 * pairs + static_cast<size_t>(Pick(input, 3));
+  constexpr int kLargest = 58;
+  const std::vector<float> x =
+      TakeNumbers(input, static_cast<size_t>(vectors) * stride, kLargest).x;
+  std::vector<float> cosines;
+  std::vector<float> sines;
+  for (size_t i = 0; i < pairs; ++i) {
+    const double angle = input->Take<uint16_t>();
+    cosines.push_back(static_cast<float>(std::cos(angle)));
+    sines.push_back(static_cast<float>(std::sin(angle)));
+  }
+  const auto rotated = [&](const Implementation& implementation) {
+    std::vector<float> out = x;
+    implementation.rotate(out.data(), vectors, stride, half, cosines.data(), sines.data());
+    return out;
+  };
+  std::vector<double> expected(x.begin(), x.end());
+  std::vector<double> size(x.size(), 0.0);
+  for (size_t v = 0; v < static_cast<size_t>(vectors); ++v) {
+    for (size_t i = 0; i < pairs; ++i) {
+      const size_t low = v * stride + i;
+      const size_t high = low + pairs;
+      const double a = x[low];
+      const double b = x[high];
+      expected[low] = a * cosines[i] - b * sines[i];
+      expected[high] = b * cosines[i] + a * sines[i];
+      size[low] = size[high] = std::fabs(a) + std::fabs(b);
+    }
+  }
+  const auto error = [&](size_t i) { return size[i] * 0x1p-21 + 0x1p-147; };
+  std::vector<float> found;
+  Difference difference = CompareAll("rotate", rotated, &found);
+  if (difference.empty()) difference = CompareWithOracle("rotate", found, expected, error);
+  if (!difference.empty()) return difference;
+  difference = CompareAll(
+      "rotate_back",
+      [&](const Implementation& implementation) {
+        std::vector<float> out = rotated(implementation);
+        implementation.rotate_back(out.data(), vectors, stride, half, cosines.data(), sines.data());
+        return out;
+      },
+      &found);
+  if (!difference.empty()) return difference;
+  return CompareWithOracle("rotate_back", found, std::vector<double>(x.begin(), x.end()), error);
+}
+
 inline Difference RowFunctionDifference(FuzzInput* input) {
-  switch (Pick(input, 3)) {
+  switch (Pick(input, 4)) {
     case 0:
       return RmsNormDifference(input);
     case 1:
       return GateDifference(input);
+    case 2:
+      return RotateDifference(input);
     default:
       return SoftmaxDifference(input);
   }
