@@ -212,6 +212,11 @@ void CodedMultiply(const Implementation& kernels, const OrderedProduct& product)
 }
 
 void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x, float* out) {
+  OrderedMultiplyAdd(weights, x, nullptr, out);
+}
+
+void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x,
+                        const float* const* start, float* out) {
   KV_CHECK(weights.codes() == nullptr);
   thread_local std::vector<uint32_t> terms_of;  // [inputs]
   terms_of.assign(static_cast<size_t>(weights.inputs()), 0);
@@ -230,6 +235,7 @@ void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x, floa
     dense = input + 1;
   }
   SparseTerms terms(x);
+  terms.start = start;
   size_t left = x.terms();
   thread_local std::vector<float> dense_x;    // [rows][dense]
   thread_local std::vector<uint32_t> behind;  // [rows], the first term that is not in it
@@ -246,6 +252,11 @@ void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x, floa
       left -= t - x.begin()[r];
     }
     terms.first = behind.data();
+    const auto outputs = static_cast<size_t>(weights.outputs());
+    for (size_t r = 0; start != nullptr && r < x.rows(); ++r) {
+      if (start[r] != out + r * outputs) std::copy_n(start[r], outputs, out + r * outputs);
+    }
+    terms.start = nullptr;
     OrderedMultiplyAdd(weights, dense_x.data(), static_cast<int>(x.rows()), static_cast<int>(dense),
                        out);
   }

@@ -158,6 +158,8 @@ struct SparseTerms {
   const uint32_t* end;
   const uint16_t* inputs;
   const float* factors;
+  // [rows], the outputs that each row begins at; nullptr: what out holds.
+  const float* const* start = nullptr;
   // Weights of the inputs [near_first, near_end) are fetched before their use: enough terms have
   // them.
   size_t near_first = 0;
@@ -169,6 +171,10 @@ struct SparseTerms {
 // that it begins at may remain, and does so on every machine or on none.
 // REQUIRES: out does not overlap x; x's inputs are the weights'.
 void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x, float* out);
+// The same, with row r begun at start[r][outputs].
+// REQUIRES: each start[r] is row r of out, or overlaps none of it.
+void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x,
+                        const float* const* start, float* out);
 
 // One product as an implementation takes it.
 struct OrderedProduct {

@@ -69,13 +69,18 @@ KltSide KltSide::OfTokens(const KltCoder* coder, std::span<const int32_t> tokens
   return side;
 }
 
-void KltSide::Begun(size_t group, std::vector<float>* rows) const {
-  rows->resize(static_cast<size_t>(kBlockTokens * coder_->transform().bases[group].width));
-  if (kept_ == nullptr) {
-    coder_->Begun(group, normalized_, rows->data());
-  } else {
-    kept_->Get(*coder_, group, tokens_, rows->data());
+void KltSide::Begin(size_t group, KltBegun* begun) const {
+  begun->at.clear();
+  if (kept_ != nullptr) {
+    kept_->Get(*coder_, group, tokens_, &begun->kept);
+    for (const KltPredictions::Row& row : begun->kept) begun->at.push_back(row->data());
+    return;
   }
+  const auto width = static_cast<size_t>(coder_->transform().bases[group].width);
+  begun->made.resize(kBlockTokens * width);
+  coder_->Begun(group, normalized_, begun->made.data());
+  for (size_t token = 0; token < kBlockTokens; ++token)
+    begun->at.push_back(begun->made.data() + token * width);
 }
 
 KltCoder::KltCoder(const Model* model, const KltPack* pack, std::vector<size_t> cuts,
@@ -148,8 +153,18 @@ void KltCoder::Begun(size_t group, std::span<const float> normalized, float* row
 void KltCoder::Predict(size_t group, const KltSide& side,
                        std::span<const kernels::SparseRows> first, int position,
                        std::vector<float>* rows) const {
+  Rebuild(group, side, first, position, nullptr, rows);
+}
+
+void KltCoder::Rebuild(size_t group, const KltSide& side,
+                       std::span<const kernels::SparseRows> first, int position,
+                       const kernels::SparseRows* left, std::vector<float>* rows) const {
   const KltBasis& basis = transform_.bases[group];
-  side.Begun(group, rows);
+  const auto width = static_cast<size_t>(basis.width);
+  // A row is read where it begins when its first sums are made, and then stands in `rows`.
+  KltBegun begun;
+  side.Begin(group, &begun);
+  rows->resize(kBlockTokens * width);
   const std::vector<int>& sources = transform_.groups[group].sources;
   if (!sources.empty()) {
     kernels::SparseRows terms;
@@ -164,9 +179,19 @@ void KltCoder::Predict(size_t group, const KltSide& side,
       }
       terms.EndRow();
     }
-    kernels::OrderedMultiplyAdd(basis.predictor, terms, rows->data());
+    kernels::OrderedMultiplyAdd(basis.predictor, terms, begun.at.data(), rows->data());
+    for (size_t token = 0; token < kBlockTokens; ++token)
+      begun.at[token] = rows->data() + token * width;
   }
-  if (position == 0) std::copy(basis.sink_bias.begin(), basis.sink_bias.end(), rows->begin());
+  if (position == 0) begun.at[0] = basis.sink_bias.data();
+  if (left != nullptr) {
+    kernels::OrderedMultiplyAdd(basis.synthesis, *left, begun.at.data(), rows->data());
+    return;
+  }
+  for (size_t token = 0; token < kBlockTokens; ++token) {
+    float* const row = rows->data() + token * width;
+    if (begun.at[token] != row) std::copy_n(begun.at[token], width, row);
+  }
 }
 
 void KltCoder::PlacesOf(size_t group, size_t cut, int position, std::span<const KltToken> tokens,
@@ -428,7 +453,6 @@ Result<std::span<const float>> KltReader::Read(
   thread_local Scratch scratch;
   auto& [places, read, values, terms, rows] = scratch;
   KV_CHECK(!extents.empty() && extents.size() <= coder_.cuts());
-  const KltBasis& basis = coder_.transform().bases[group];
   if (extents[0].size() < kBlockTokens)
     return DataLoss("a klt block: the extent of a first cut is too short");
   std::vector<KltToken> tokens;
@@ -448,7 +472,6 @@ Result<std::span<const float>> KltReader::Read(
     if (cut == 0 && predicts) first_[group] = coder_.Leading(group, terms);
     if (!alone) coder_.Refine(cut, position_, tokens, places, read, &values);
   }
-  coder_.Predict(group, side_, first_, position_, &rows);
   if (!alone) {
     terms.Clear();
     for (size_t token = 0; token < kBlockTokens; ++token) {
@@ -456,7 +479,7 @@ Result<std::span<const float>> KltReader::Read(
       terms.EndRow();
     }
   }
-  kernels::OrderedMultiplyAdd(basis.synthesis, terms, rows.data());
+  coder_.Rebuild(group, side_, first_, position_, &terms, &rows);
   return std::span<const float>(rows);
 }
 

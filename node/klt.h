@@ -33,6 +33,13 @@ void ScatterState(const Model& model, int layer, int position, int tokens, const
 
 class KltCoder;
 
+// Where predictions of a group's rows begin, and what holds them.
+struct KltBegun {
+  std::vector<const float*> at;  // [kBlockTokens], each [KltBasis::width]
+  std::vector<KltPredictions::Row> kept;
+  std::vector<float> made;
+};
+
 // What a reader of a block knows before any byte of it. Value; borrows what it is made of.
 class KltSide {
  public:
@@ -46,8 +53,8 @@ class KltSide {
   static KltSide OfTokens(const KltCoder* coder, std::span<const int32_t> tokens,
                           KltPredictions* kept);
 
-  // What it alone predicts of a group's rows, [kBlockTokens][KltBasis::width].
-  void Begun(size_t group, std::vector<float>* rows) const;
+  // What it alone predicts of a group's rows.
+  void Begin(size_t group, KltBegun* begun) const;
 
  private:
   const KltCoder* coder_ = nullptr;
@@ -115,6 +122,9 @@ class KltCoder {
 
  private:
   friend class KltReader;
+  // Predict, and to each row what its coefficients stand for, of `left` unless nullptr.
+  void Rebuild(size_t group, const KltSide& side, std::span<const kernels::SparseRows> first,
+               int position, const kernels::SparseRows* left, std::vector<float>* rows) const;
   // What a token codes at a cut where it has coefficients so many quarters of an octave above the
   // pack's: the first table.size(), of which the first with_low_bits have low bits.
   struct Prefix {

@@ -331,8 +331,10 @@ class KltForm final : public StoredForm {
                     std::span<const float> rows, std::byte* payload) const {
     const kernels::LayerShape& shape = attended_.layout(Scope::kAll).shape();
     const auto width = static_cast<size_t>(pack_->width);
-    std::vector<float> keys(ElementsOf(shape.keys));
-    std::vector<float> values(ElementsOf(shape.values));
+    thread_local std::vector<float> keys;
+    thread_local std::vector<float> values;
+    keys.resize(ElementsOf(shape.keys));
+    values.resize(ElementsOf(shape.values));
     for (size_t i = 0; i < layers.size(); ++i) {
       ScatterState(model_, layers[i], position, kBlockTokens, rows.data() + i * width, keys.data(),
                    values.data(), layers.size() * width);

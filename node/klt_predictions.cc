@@ -35,9 +35,10 @@ void KltPredictions::Insert(Group* group, int32_t token, Row row) {
 }
 
 void KltPredictions::Get(const KltCoder& coder, size_t group, std::span<const int32_t> tokens,
-                         float* rows) {
+                         std::vector<Row>* rows) {
   Group& of = groups_[group];
-  std::vector<Row> found(tokens.size());
+  std::vector<Row>& found = *rows;
+  found.assign(tokens.size(), nullptr);
   std::vector<int32_t> missing;
   {
     const std::lock_guard lock(mutex_);
@@ -53,25 +54,22 @@ void KltPredictions::Get(const KltCoder& coder, size_t group, std::span<const in
       found[i] = entry.row;
     }
   }
-  if (!missing.empty()) {
-    std::vector<float> made(missing.size() * of.width);
-    coder.Begun(group, KltCoder::Normalized(coder.Embeddings(missing), coder.pack().hidden),
-                made.data());
-    std::vector<Row> made_rows;
-    for (auto at = made.begin(); at != made.end(); at += static_cast<ptrdiff_t>(of.width)) {
-      made_rows.push_back(
-          std::make_shared<const std::vector<float>>(at, at + static_cast<ptrdiff_t>(of.width)));
-    }
-    for (size_t i = 0; i < tokens.size(); ++i) {
-      if (found[i] != nullptr) continue;
-      const auto at = std::find(missing.begin(), missing.end(), tokens[i]) - missing.begin();
-      found[i] = made_rows[static_cast<size_t>(at)];
-    }
-    const std::lock_guard lock(mutex_);
-    for (size_t i = 0; i < missing.size(); ++i) Insert(&of, missing[i], std::move(made_rows[i]));
+  if (missing.empty()) return;
+  std::vector<float> made(missing.size() * of.width);
+  coder.Begun(group, KltCoder::Normalized(coder.Embeddings(missing), coder.pack().hidden),
+              made.data());
+  std::vector<Row> made_rows;
+  for (auto at = made.begin(); at != made.end(); at += static_cast<ptrdiff_t>(of.width)) {
+    made_rows.push_back(
+        std::make_shared<const std::vector<float>>(at, at + static_cast<ptrdiff_t>(of.width)));
   }
-  for (size_t i = 0; i < tokens.size(); ++i)
-    std::copy(found[i]->begin(), found[i]->end(), rows + i * of.width);
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    if (found[i] != nullptr) continue;
+    const auto at = std::find(missing.begin(), missing.end(), tokens[i]) - missing.begin();
+    found[i] = made_rows[static_cast<size_t>(at)];
+  }
+  const std::lock_guard lock(mutex_);
+  for (size_t i = 0; i < missing.size(); ++i) Insert(&of, missing[i], std::move(made_rows[i]));
 }
 
 }  // namespace kvant::node

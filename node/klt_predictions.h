@@ -22,15 +22,18 @@ inline constexpr uint64_t kKltKeptBytes = uint64_t{64} << 20;
 // Of one pack's transform that recomputes nothing. Thread-safe.
 class KltPredictions {
  public:
+  // A token's, of one group: [width].
+  using Row = std::shared_ptr<const std::vector<float>>;
+
   // limit_bytes: about what is kept at most, of all groups together.
   KltPredictions(const KltTransform& transform, uint64_t limit_bytes);
 
-  // A group's rows, [tokens][width]: bit for bit what KltCoder::Begun makes of their embeddings.
+  // A group's rows, [tokens]: bit for bit what KltCoder::Begun makes of their embeddings.
   // coder: any of the pack whose transform recomputes nothing.
-  void Get(const KltCoder& coder, size_t group, std::span<const int32_t> tokens, float* rows);
+  void Get(const KltCoder& coder, size_t group, std::span<const int32_t> tokens,
+           std::vector<Row>* rows);
 
  private:
-  using Row = std::shared_ptr<const std::vector<float>>;
   struct Entry {
     int32_t token = 0;
     bool used = false;  // since the hand passed by

@@ -47,13 +47,18 @@ class KltPredictionsTest : public testing::Test {
       const KltSide with = KltSide::OfTokens(&coder, tokens, kept);
       const KltSide without = KltSide::OfTokens(&coder, tokens, nullptr);
       for (size_t group = 0; group < coder.groups(); ++group) {
-        std::vector<float> a;
-        std::vector<float> b;
-        with.Begun(group, &a);
-        without.Begun(group, &b);
-        ASSERT_EQ(a.size(), b.size());
-        EXPECT_EQ(std::memcmp(a.data(), b.data(), a.size() * sizeof(float)), 0)
-            << "block " << block << ", group " << group;
+        KltBegun a;
+        KltBegun b;
+        with.Begin(group, &a);
+        without.Begin(group, &b);
+        ASSERT_EQ(a.at.size(), tokens.size());
+        ASSERT_EQ(b.at.size(), tokens.size());
+        const size_t bytes =
+            sizeof(float) * static_cast<size_t>(pack_.transforms[0].bases[group].width);
+        for (size_t token = 0; token < tokens.size(); ++token) {
+          EXPECT_EQ(std::memcmp(a.at[token], b.at[token], bytes), 0)
+              << "block " << block << ", group " << group << ", token " << token;
+        }
       }
     }
   }

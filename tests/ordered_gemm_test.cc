@@ -193,6 +193,14 @@ struct SparseCase {
   OrderedCase dense;
   SparseRows x;
 };
+// Where each row of numbers[rows][width] begins.
+std::vector<const float*> RowsIn(const std::vector<float>& numbers, int width) {
+  std::vector<const float*> rows;
+  for (size_t at = 0; at < numbers.size(); at += static_cast<size_t>(width))
+    rows.push_back(numbers.data() + at);
+  return rows;
+}
+
 SparseCase MakeSparseCase(int rows, int inputs, int outputs, bool bf16, int exponent, double share,
                           Random* random) {
   SparseCase made{MakeOrderedCase(rows, inputs, outputs, bf16, exponent, random), {}};
@@ -223,6 +231,14 @@ TEST(OrderedGemmTest, ZerosMayBeLeftOut) {
             implementation->ordered_add_sparse(weights, SparseTerms(made.x), out.data());
             EXPECT_TRUE(SameBits(out, expected))
                 << implementation->name << ": " << inputs << " -> " << outputs;
+            // Begun elsewhere.
+            std::vector<float> elsewhere(out.size(), NAN);
+            const std::vector<const float*> start = RowsIn(made.dense.held, outputs);
+            SparseTerms terms(made.x);
+            terms.start = start.data();
+            implementation->ordered_add_sparse(weights, terms, elsewhere.data());
+            EXPECT_TRUE(SameBits(elsewhere, expected))
+                << implementation->name << ": " << inputs << " -> " << outputs;
           }
           std::vector<float> out = made.dense.held;
           OrderedMultiplyAdd(weights, made.x, out.data());
@@ -241,7 +257,18 @@ TEST(OrderedGemmTest, WhetherManyOrFewAreLeftOut) {
     const OrderedWeights weights(made.dense.weights.data(), 200, 300);
     std::vector<float> out = made.dense.held;
     OrderedMultiplyAdd(weights, made.x, out.data());
-    EXPECT_TRUE(SameBits(out, DefinedProduct(made.dense, OrderedStart::kHeld))) << share;
+    const std::vector<float> expected = DefinedProduct(made.dense, OrderedStart::kHeld);
+    EXPECT_TRUE(SameBits(out, expected)) << share;
+    // Some rows begun elsewhere, and some where they are.
+    std::vector<const float*> start = RowsIn(made.dense.held, 200);
+    std::vector<float> elsewhere(out.size(), NAN);
+    for (size_t r = 0; r < start.size(); r += 3) {
+      float* const here = elsewhere.data() + r * 200;
+      std::copy_n(start[r], 200, here);
+      start[r] = here;
+    }
+    OrderedMultiplyAdd(weights, made.x, start.data(), elsewhere.data());
+    EXPECT_TRUE(SameBits(elsewhere, expected)) << share;
   }
 }
 
