@@ -9,6 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/bytes.h"
 #include "base/status.h"
 #include "cache_service/block_key.h"
 #include "cache_service/manifest.h"
@@ -25,10 +26,10 @@ struct CachedBlock {
   BlockKey key;
   Portion portion;
   std::optional<Portion> copied;  // what of it came out of a block that was here before
-  std::vector<std::byte> bytes;
-  StoredRows stored;           // the portion's rows; of forms that are whole at any cut only
-  std::vector<uint8_t> ready;  // [layers of the model]; 0 for layers out of scope
-  int layers_missing = 0;      // layers in scope that are not ready
+  UninitializedBytes bytes;       // as they are attended: of layers that are ready, all are set
+  StoredRows stored;              // the portion's rows; of forms that are whole at any cut only
+  std::vector<uint8_t> ready;     // [layers of the model]; 0 for layers out of scope
+  int layers_missing = 0;         // layers in scope that are not ready
   // Of a way that recomputes layers: what enters the first other one, as soon as it is known. The
   // recomputed layers are made ready by who computes them.
   std::vector<float> entering;

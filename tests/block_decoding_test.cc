@@ -95,8 +95,8 @@ class Decoding : public testing::TestWithParam<bool> {
     }
     return ready;
   }
-  static std::vector<std::vector<std::byte>> BytesOf(const SupplyJob& job) {
-    std::vector<std::vector<std::byte>> bytes;
+  static std::vector<UninitializedBytes> BytesOf(const SupplyJob& job) {
+    std::vector<UninitializedBytes> bytes;
     for (const CachedBlockPtr& block : job.blocks) bytes.push_back(block->bytes);
     return bytes;
   }
@@ -234,7 +234,7 @@ TEST_P(Decoding, EndsWithItsLink) {
 TEST_P(Decoding, GivesTheSameBytesInAnyOrder) {
   const SupplyJobPtr written = Written();
   FormNode plain = Node({.threads = 1});
-  const std::vector<std::vector<std::byte>> expected[] = {
+  const std::vector<UninitializedBytes> expected[] = {
       BytesOf(*plain.Supply(Wire::kFull)),
       BytesOf(*Node({.threads = 1}, 0).Supply(Wire::kK4V4)),
   };

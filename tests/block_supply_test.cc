@@ -60,7 +60,7 @@ TEST_P(Cut, IsAByteRangeOfWhatIsStored) {
     EXPECT_EQ(reader.node->supply().stats().computed_blocks, 0u);
     uint64_t all = 0;
     for (size_t i = 0; i < kBlocks; ++i) {
-      const std::vector<std::byte>& whole = written->blocks[i]->bytes;
+      const UninitializedBytes& whole = written->blocks[i]->bytes;
       // Of the first block, which holds the attention sinks, everything.
       const uint64_t bytes = blocks.BytesOf(i == 0 ? blocks.FullCuts() : cuts);
       all += bytes;

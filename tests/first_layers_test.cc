@@ -146,7 +146,7 @@ TEST_P(FirstLayersTier, AreFetchedWhereALinkIsFast) {
 TEST_P(FirstLayersTier, WhatComesFirstWaits) {
   const WatchedShard::Node writer = Writer();
   static_cast<void>(Supply(*writer.node, Wire::kFull));
-  std::vector<std::vector<std::byte>> expected;
+  std::vector<UninitializedBytes> expected;
   for (const bool bytes_first : {true, false}) {
     const WatchedShard::Node reader = Reader();
     BlockSupply& supply = reader.node->supply();

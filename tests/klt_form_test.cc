@@ -77,7 +77,7 @@ class KltExactForm : public testing::TestWithParam<const char*> {
     whole.position = position;
     whole.keys = keys;
     whole.values = values;
-    const std::vector<std::byte> before = payload_;
+    const UninitializedBytes before = payload_;
     blocks_->form().Encode(whole, payload_, &stored_);
     EXPECT_EQ(payload_, before) << "what is attended was there before";
   }
@@ -111,7 +111,7 @@ class KltExactForm : public testing::TestWithParam<const char*> {
   std::unique_ptr<BlockClass> blocks_;
   int position_ = 0;
   std::vector<int32_t> tokens_;
-  std::vector<std::byte> payload_;
+  UninitializedBytes payload_;
   StoredBlock stored_;
 };
 INSTANTIATE_TEST_SUITE_P(Models, KltExactForm, testing::Values("heads", "sliding", "latent"),
@@ -127,7 +127,7 @@ TEST_P(KltExactForm, AllCutsAreThePayloadOfRaw) {
     EXPECT_EQ(plain.CheckManifest(stored_.manifest.key, stored_.manifest).code(),
               StatusCode::kUnsupported)
         << "as if it were not there";
-    std::vector<std::vector<std::byte>> of_cuts;
+    std::vector<UninitializedBytes> of_cuts;
     for (int cuts = 1; cuts <= kAllCuts; ++cuts) {
       CachedBlockPtr block;
       ASSERT_TRUE(Read(stored_, Cuts{cuts, cuts}, &block).ok());
@@ -203,8 +203,8 @@ TEST_P(KltExactForm, IsAskedForWhereItCanBeHad) {
               HasSubstr("--codec raw"));
 }
 
-std::vector<std::vector<std::byte>> BytesOf(const SupplyJob& job) {
-  std::vector<std::vector<std::byte>> bytes;
+std::vector<UninitializedBytes> BytesOf(const SupplyJob& job) {
+  std::vector<UninitializedBytes> bytes;
   for (const CachedBlockPtr& block : job.blocks) bytes.push_back(block->bytes);
   return bytes;
 }
@@ -229,7 +229,7 @@ class KltExactTier : public testing::TestWithParam<bool> {
     return shard->Connect(Options(cuts));
   }
   // What `raw` stored plain computes.
-  static std::vector<std::vector<std::byte>> Computed() {
+  static std::vector<UninitializedBytes> Computed() {
     WatchedShard shard;
     const WatchedShard::Node node = shard.Connect("raw", kRoom, Model());
     return BytesOf(*Supply(*node.node, Wire::kFull));
@@ -240,7 +240,7 @@ INSTANTIATE_TEST_SUITE_P(Models, KltExactTier, testing::Bool(),
                          [](const auto& sliding) { return sliding.param ? "Sliding" : "Global"; });
 
 TEST_P(KltExactTier, IsRawStoredAnotherWay) {
-  const std::vector<std::vector<std::byte>> computed = Computed();
+  const std::vector<UninitializedBytes> computed = Computed();
   const WatchedShard::Node writer = Node(&shard_);
   const SupplyJobPtr written = Supply(*writer.node, Wire::kFull);
   EXPECT_EQ(BytesOf(*written), computed);
@@ -287,7 +287,7 @@ TEST_P(KltExactTier, FewerCutsAreReadAndRefined) {
 }
 
 TEST_P(KltExactTier, PrefillAttendsAllCuts) {
-  const std::vector<std::vector<std::byte>> computed = Computed();
+  const std::vector<UninitializedBytes> computed = Computed();
   const WatchedShard::Node writer = Node(&shard_);
   static_cast<void>(Supply(*writer.node, Wire::kFull, 3));
   // The others are computed by who wants the first cut of all in the end.

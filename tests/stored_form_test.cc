@@ -30,8 +30,8 @@ using testing::HasSubstr;
 
 constexpr uint64_t kRoom = uint64_t{8} << 20;
 
-std::vector<std::vector<std::byte>> BytesOf(const SupplyJob& job) {
-  std::vector<std::vector<std::byte>> bytes;
+std::vector<UninitializedBytes> BytesOf(const SupplyJob& job) {
+  std::vector<UninitializedBytes> bytes;
   for (const CachedBlockPtr& block : job.blocks) bytes.push_back(block->bytes);
   return bytes;
 }
@@ -104,7 +104,7 @@ class Lossless : public testing::Test {
 
   std::unique_ptr<NodeRuntime> node_;
   BlockKey key_;
-  std::vector<std::byte> payload_;
+  UninitializedBytes payload_;
   StoredBlock stored_;
   BlockManifest plain_;
 };
@@ -190,7 +190,7 @@ TEST_F(Lossless, HostileBytesAreReadOrRefusedAndNeverCrash) {
 
 TEST(LosslessTier, EitherFormIsReadByEitherReader) {
   uint64_t stored[2] = {};
-  std::vector<std::vector<std::byte>> computed;
+  std::vector<UninitializedBytes> computed;
   for (const std::string written_as : {"plain", "lossless"}) {
     WatchedShard shard;
     WatchedShard::Node writer = shard.Connect("raw", kRoom, support::TinyModel(), written_as);
