@@ -235,6 +235,7 @@ void KltCoder::Refine(size_t cut, int position, std::span<const KltToken> tokens
                       const KltPlaces& places, const KltLevelsRead& read, KltValues* values) const {
   constexpr size_t kWord = 64;
   size_t begin = 0;
+  const uint16_t* other = places.other.data();
   for (size_t token = 0; token < kBlockTokens; ++token) {
     const float step = StepAt(cut, position, tokens, token);
     KltValues::Token of = values->At(token);
@@ -259,7 +260,7 @@ void KltCoder::Refine(size_t cut, int position, std::span<const KltToken> tokens
       }
     }
     for (size_t i = begin + first; i < places.end[token]; ++i) {
-      const size_t c = places.coefficient[i];
+      const size_t c = *other++;
       if (of.Here(c)) {
         of.Refine(c, value_at(i));
       } else if (const int32_t level = read.Level(i); level != 0) {
@@ -275,6 +276,7 @@ void KltCoder::FirstTerms(int position, std::span<const KltToken> tokens, const 
   terms->Clear();
   std::vector<uint16_t> at;  // of a token, less its first
   size_t begin = 0;
+  const uint16_t* other = places.other.data();
   for (size_t token = 0; token < kBlockTokens; ++token) {
     const float step = StepAt(0, position, tokens, token);
     const size_t end = places.end[token];
@@ -283,11 +285,10 @@ void KltCoder::FirstTerms(int position, std::span<const KltToken> tokens, const 
     uint16_t* input = nullptr;
     float* factor = nullptr;
     terms->Append(count, &input, &factor);
-    for (size_t t = 0; t < count; ++t) {
-      const size_t i = begin + at[t];
-      input[t] = places.coefficient[i];
-      factor[t] = levels_.ValueAt(i, read, places) * step;
-    }
+    levels_.ValuesAt(begin, std::span(at).first(count), step, read, places, factor);
+    const size_t first = places.first[token];
+    for (size_t t = 0; t < count; ++t) input[t] = at[t] < first ? at[t] : other[at[t] - first];
+    other += end - begin - first;
     terms->EndRow();
     begin = end;
   }
@@ -381,6 +382,7 @@ void KltCoder::CodeGroup(size_t group, int position, std::span<const float> left
     PlacesOf(group, cut, position, code->tokens, code->values, &of.places);
     of.rounded.resize(of.places.coded());
     size_t begin = 0;
+    const uint16_t* other = of.places.other.data();
     for (size_t token = 0; token < kBlockTokens; ++token) {
       const float steps = 1 / StepAt(cut, position, code->tokens, token);
       const float* exact = code->coefficients.data() + token * count;
@@ -398,7 +400,7 @@ void KltCoder::CodeGroup(size_t group, int position, std::span<const float> left
         });
       }
       for (size_t i = begin + first; i < of.places.end[token]; ++i) {
-        const size_t c = of.places.coefficient[i];
+        const size_t c = *other++;
         of.rounded[i] = (cut > 0 && before.Here(c) ? left_of(c) : exact[c]) * steps;
       }
       begin = of.places.end[token];

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
 
 #include "base/bytes.h"
 #include "base/check.h"
@@ -74,14 +73,14 @@ bool KltTableRefines(size_t table) {
 void KltPlaces::Clear() {
   end.clear();
   first.clear();
-  coefficient.clear();
+  other.clear();
   table.clear();
   low_bits.clear();
 }
 
 void KltPlaces::Add(size_t of_coefficient, KltPlace place) {
   if (place.table < 0) return;
-  coefficient.push_back(static_cast<uint16_t>(of_coefficient));
+  other.push_back(static_cast<uint16_t>(of_coefficient));
   table.push_back(static_cast<uint8_t>(place.table));
   low_bits.push_back(static_cast<uint8_t>(place.low_bits));
 }
@@ -90,9 +89,6 @@ void KltPlaces::BeginToken(std::span<const uint8_t> tables) {
   first.push_back(tables.size());
   table.insert(table.end(), tables.begin(), tables.end());
   low_bits.resize(table.size());
-  const auto begin = static_cast<ptrdiff_t>(coefficient.size());
-  coefficient.resize(table.size());
-  std::iota(coefficient.begin() + begin, coefficient.end(), uint16_t{0});
 }
 
 std::byte ByteOf(KltToken token) {
@@ -177,6 +173,19 @@ KltLevels::KltLevels(const KltStatistics& statistics) : mean_(statistics.mean) {
   }
   encode_tables_.Assign(statistics.tables);
   decode_tables_.Assign(statistics.tables);
+}
+
+void KltLevels::ValuesAt(size_t begin, std::span<const uint16_t> at, float step,
+                         const KltLevelsRead& read, const KltPlaces& places, float* out) const {
+  const uint8_t* const folded = read.folded_.data() + begin;
+  const uint8_t* const table = places.table.data() + begin;
+  const uint8_t* const low_bits = places.low_bits.data() + begin;
+  const std::array<float, kKltSymbols>* const value = value_.data();
+  for (size_t t = 0; t < at.size(); ++t) {
+    const size_t i = at[t];
+    const bool usual = folded[i] < kKltSymbols && low_bits[i] == 0;
+    out[t] = step * (usual ? value[table[i]][folded[i]] : ValueAt(begin + i, read, places));
+  }
 }
 
 float KltLevels::Bits(int32_t level, KltPlace place) const {

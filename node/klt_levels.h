@@ -51,11 +51,11 @@ KltPlace RefinedPlace(int refinement, bool significant, int quarters);
 // Coefficients of a block that one cut codes, in the order of their coding: by token, then
 // coefficient. Value.
 struct KltPlaces {
-  std::vector<size_t> end;            // [tokens]: behind those of each
-  std::vector<size_t> first;          // [tokens]: so many of them are the coefficients 0, 1, 2, ...
-  std::vector<uint16_t> coefficient;  // [coded]
-  std::vector<uint8_t> table;         // [coded], of KltPlace
-  std::vector<uint8_t> low_bits;      // [coded], of KltPlace
+  std::vector<size_t> end;        // [tokens]: behind those of each
+  std::vector<size_t> first;      // [tokens]: so many of them are the coefficients 0, 1, 2, ...
+  std::vector<uint16_t> other;    // which coefficients the rest are, all tokens' together
+  std::vector<uint8_t> table;     // [coded], of KltPlace
+  std::vector<uint8_t> low_bits;  // [coded], of KltPlace
 
   size_t coded() const { return table.size(); }
   KltPlace At(size_t i) const { return {table[i], low_bits[i]}; }
@@ -162,6 +162,9 @@ class KltLevels {
     return folded < kKltSymbols && places.low_bits[i] == 0 ? value_[places.table[i]][folded]
                                                            : Value(read.Level(i), places.At(i));
   }
+  // The same of the levels at begin + at[count], times a step.
+  void ValuesAt(size_t begin, std::span<const uint16_t> at, float step, const KltLevelsRead& read,
+                const KltPlaces& places, float* out) const;
   // The symbol that a level has.
   uint8_t SymbolOf(int32_t level, KltPlace place) const {
     const uint32_t high = std::min<uint32_t>(Folded(level) >> place.low_bits, kEscape);

@@ -156,9 +156,12 @@ inline std::vector<Digest> KltLevelDigests(const KltCoder& coder, std::span<cons
       const size_t count = code.values.coefficients();
       std::vector<int32_t> all(kBlockTokens * count);
       size_t i = 0;
+      auto other = of.places.other.begin();
       for (size_t token = 0; token < kBlockTokens; ++token) {
-        for (; i < of.places.end[token]; ++i)
-          all[token * count + of.places.coefficient[i]] = of.read.Level(i);
+        for (const size_t begin = i; i < of.places.end[token]; ++i) {
+          const size_t c = i - begin < of.places.first[token] ? i - begin : *other++;
+          all[token * count + c] = of.read.Level(i);
+        }
       }
       levels[cut].insert(levels[cut].end(), all.begin(), all.end());
     }
