@@ -189,7 +189,8 @@ void OrderedMultiply(const OrderedProduct& product) {
 
 void CodedMultiply(const Implementation& kernels, const OrderedProduct& product) {
   const OrderedWeights& weights = product.weights;
-  KV_CHECK(product.start == nullptr && product.inputs == weights.inputs());
+  KV_CHECK(product.start == nullptr && product.first_input == 0 &&
+           product.inputs == weights.inputs());
   const auto rows = static_cast<size_t>(product.rows);
   // Factors are written 16 at a time.
   const size_t stride = (static_cast<size_t>(product.inputs) + 15) / 16 * 16;
@@ -221,50 +222,83 @@ void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x,
   thread_local std::vector<uint32_t> terms_of;  // [inputs]
   terms_of.assign(static_cast<size_t>(weights.inputs()), 0);
   for (size_t t = 0; t < x.terms(); ++t) ++terms_of[x.inputs()[t]];
-  // Inputs come in order, so the first of them may be multiplied with their zeros before the others
-  // are without: as many as that saves most time for.
+  // Inputs come in order, so between those that are multiplied without zeros may be some that are
+  // with them, because most rows have them: the run of them that saves most time.
   size_t dense = 0;
+  size_t dense_end = 0;
   double most = 0;
   double saved = 0;
-  size_t end = 0;  // behind the last one that a row has
+  size_t from = 0;
+  size_t begin = terms_of.size();  // the first one that a row has
+  size_t end = 0;                  // behind the last one
   for (size_t input = 0; input < terms_of.size(); ++input) {
-    if (terms_of[input] != 0) end = input + 1;
+    if (terms_of[input] != 0) {
+      begin = std::min(begin, input);
+      end = input + 1;
+    }
+    if (saved <= 0) {
+      saved = 0;
+      from = input;
+    }
     saved += terms_of[input] - kDense * static_cast<double>(x.rows());
     if (saved <= most) continue;
     most = saved;
-    dense = input + 1;
+    dense = from;
+    dense_end = input + 1;
   }
+  const bool worthwhile = most >= kWorthwhile * static_cast<double>(x.rows());
   SparseTerms terms(x);
   terms.start = start;
-  size_t left = x.terms();
-  thread_local std::vector<float> dense_x;    // [rows][dense]
-  thread_local std::vector<uint32_t> behind;  // [rows], the first term that is not in it
-  if (most < kWorthwhile * static_cast<double>(x.rows())) {
-    dense = 0;
-  } else {
-    dense_x.assign(x.rows() * dense, 0);
-    behind.resize(x.rows());
-    for (size_t r = 0; r < x.rows(); ++r) {
-      uint32_t t = x.begin()[r];
-      for (; t < x.begin()[r + 1] && x.inputs()[t] < dense; ++t)
-        dense_x[r * dense + x.inputs()[t]] = x.factors()[t];
-      behind[r] = t;
-      left -= t - x.begin()[r];
+  const auto add = [&](size_t count, size_t first_input, size_t end_input) {
+    if (count >= kFetched * static_cast<double>(end_input - first_input)) {
+      terms.near_first = first_input;
+      terms.near_end = end_input;
     }
-    terms.first = behind.data();
-    const auto outputs = static_cast<size_t>(weights.outputs());
+    ActiveImplementation().ordered_add_sparse(weights, terms, out);
+  };
+  if (!worthwhile) return add(x.terms(), 0, end);
+
+  const size_t run = dense_end - dense;
+  thread_local std::vector<float> dense_x;      // [rows][run]
+  thread_local std::vector<uint32_t> in_front;  // [rows], the first term that is in it or behind it
+  thread_local std::vector<uint32_t> behind;    // [rows], the first term that is behind it
+  dense_x.assign(x.rows() * run, 0);
+  in_front.resize(x.rows());
+  behind.resize(x.rows());
+  size_t front_terms = 0;
+  size_t dense_terms = 0;
+  for (size_t r = 0; r < x.rows(); ++r) {
+    uint32_t t = x.begin()[r];
+    while (t < x.begin()[r + 1] && x.inputs()[t] < dense) ++t;
+    in_front[r] = t;
+    front_terms += t - x.begin()[r];
+    for (; t < x.begin()[r + 1] && x.inputs()[t] < dense_end; ++t)
+      dense_x[r * run + x.inputs()[t] - dense] = x.factors()[t];
+    behind[r] = t;
+    dense_terms += t - in_front[r];
+  }
+  const auto outputs = static_cast<size_t>(weights.outputs());
+  if (front_terms > 0) {
+    terms.end = in_front.data();
+    add(front_terms, begin, dense);
+  } else {
     for (size_t r = 0; start != nullptr && r < x.rows(); ++r) {
       if (start[r] != out + r * outputs) std::copy_n(start[r], outputs, out + r * outputs);
     }
-    terms.start = nullptr;
-    OrderedMultiplyAdd(weights, dense_x.data(), static_cast<int>(x.rows()), static_cast<int>(dense),
-                       out);
   }
-  if (left >= kFetched * static_cast<double>(end - dense)) {
-    terms.near_first = dense;
-    terms.near_end = end;
-  }
-  ActiveImplementation().ordered_add_sparse(weights, terms, out);
+  OrderedMultiply({.weights = weights,
+                   .x = dense_x.data(),
+                   .rows = static_cast<int>(x.rows()),
+                   .first_input = static_cast<int>(dense),
+                   .inputs = static_cast<int>(run),
+                   .end_output = weights.outputs(),
+                   .start = out,
+                   .start_stride = outputs,
+                   .out = out});
+  if (dense_end == end) return;
+  terms = SparseTerms(x);
+  terms.first = behind.data();
+  add(x.terms() - front_terms - dense_terms, dense_end, end);
 }
 
 void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, float* out) {

@@ -181,7 +181,8 @@ struct OrderedProduct {
   const OrderedWeights& weights;
   const float* x = nullptr;  // [rows][inputs]
   int rows = 0;
-  int inputs = 0;        // of the weights', the first
+  int first_input = 0;   // of the weights', x's first
+  int inputs = 0;        // of the weights', from there on
   int first_output = 0;  // that is set; a multiple of kOrderedPanel
   int end_output = 0;    // behind the last that is set
   // Row r begins at start[r * start_stride], with a stride of 0 all of them at the same; nullptr

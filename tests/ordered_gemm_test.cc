@@ -118,10 +118,13 @@ TEST(OrderedGemmTest, WeightsAreHalvedWhereNoBitIsLost) {
   }
 }
 
-TEST(OrderedGemmTest, TheLastInputsMayBeLeftOut) {
+TEST(OrderedGemmTest, SomeInputsMayBeLeftOut) {
   Random random(46);
   constexpr int kInputs = 1100;
-  for (const int inputs : {1, 15, 16, 17, 512, 513, 1099, kInputs}) {
+  const std::pair<int, int> kRanges[] = {{0, 1},    {0, 15},    {0, 16},   {0, 17},
+                                         {0, 512},  {0, 513},   {0, 1099}, {0, 1100},
+                                         {1, 1099}, {640, 460}, {33, 17},  {1099, 1}};
+  for (const auto& [first, inputs] : kRanges) {
     for (const bool bf16 : {false, true}) {
       const OrderedCase whole = MakeOrderedCase(15, kInputs, 70, bf16, 0, &random);
       const OrderedWeights weights(whole.weights.data(), whole.outputs, kInputs);
@@ -131,7 +134,7 @@ TEST(OrderedGemmTest, TheLastInputsMayBeLeftOut) {
       part.weights.clear();
       for (int n = 0; n < whole.outputs; ++n) {
         const auto row = whole.weights.begin() + static_cast<ptrdiff_t>(n) * kInputs;
-        part.weights.insert(part.weights.end(), row, row + inputs);
+        part.weights.insert(part.weights.end(), row + first, row + first + inputs);
       }
       // A copy of its own, so that a sanitizer sees the first number read past the end.
       const std::vector<float> x(part.x.begin(), part.x.end());
@@ -141,13 +144,16 @@ TEST(OrderedGemmTest, TheLastInputsMayBeLeftOut) {
         implementation->ordered_multiply({.weights = weights,
                                           .x = x.data(),
                                           .rows = part.rows,
+                                          .first_input = first,
                                           .inputs = inputs,
                                           .end_output = part.outputs,
                                           .start = out.data(),
                                           .start_stride = static_cast<size_t>(part.outputs),
                                           .out = out.data()});
-        EXPECT_TRUE(SameBits(out, expected)) << implementation->name << ": " << inputs;
+        EXPECT_TRUE(SameBits(out, expected))
+            << implementation->name << ": " << inputs << " from " << first;
       }
+      if (first != 0) continue;
       std::vector<float> out = part.held;
       OrderedMultiplyAdd(weights, x.data(), part.rows, inputs, out.data());
       EXPECT_TRUE(SameBits(out, expected));
@@ -269,6 +275,39 @@ TEST(OrderedGemmTest, WhetherManyOrFewAreLeftOut) {
     }
     OrderedMultiplyAdd(weights, made.x, start.data(), elsewhere.data());
     EXPECT_TRUE(SameBits(elsewhere, expected)) << share;
+  }
+}
+
+// Inputs that most rows have, between some that few have.
+TEST(OrderedGemmTest, WhereverThoseAreThatAreNotLeftOut) {
+  Random random(50);
+  constexpr int kInputs = 300;
+  constexpr int kOutputs = 200;
+  using Range = std::pair<int, int>;
+  for (const Range& many : {Range{0, 100}, Range{1, 100}, Range{100, 180}, Range{200, kInputs}}) {
+    for (const double few : {0.0, 0.02, 0.2}) {
+      SparseCase made = MakeSparseCase(64, kInputs, kOutputs, true, 0, 0, &random);
+      made.x.Clear();
+      for (int r = 0; r < 64; ++r) {
+        for (int k = 0; k < kInputs; ++k) {
+          const bool here = random.Unit() < (k >= many.first && k < many.second ? 0.9 : few);
+          const auto x = here ? static_cast<float>(random.Unit() + 0.1) : 0.0F;
+          made.dense.x[static_cast<size_t>(r * kInputs + k)] = x;
+          if (here) made.x.Add(static_cast<size_t>(k), x);
+        }
+        made.x.EndRow();
+      }
+      for (float& held : made.dense.held) held = held == 0 ? 1 : held;
+      const OrderedWeights weights(made.dense.weights.data(), kOutputs, kInputs);
+      const std::vector<float> expected = DefinedProduct(made.dense, OrderedStart::kHeld);
+      std::vector<float> out = made.dense.held;
+      OrderedMultiplyAdd(weights, made.x, out.data());
+      EXPECT_TRUE(SameBits(out, expected)) << many.first << " to " << many.second << ", " << few;
+      const std::vector<const float*> start = RowsIn(made.dense.held, kOutputs);
+      std::vector<float> elsewhere(out.size(), NAN);
+      OrderedMultiplyAdd(weights, made.x, start.data(), elsewhere.data());
+      EXPECT_TRUE(SameBits(elsewhere, expected)) << many.first << " to " << many.second;
+    }
   }
 }
 
