@@ -406,7 +406,9 @@ void KltCoder::CodeGroup(size_t group, int position, std::span<const float> left
       begin = of.places.end[token];
     }
     levels_.RoundAll(of.rounded, of.places, &of.read);
-    Refine(cut, position, code->tokens, of.places, of.read, &code->values);
+    // Of the last one nobody else makes use.
+    if (cut + 1 < cuts() || watch != nullptr)
+      Refine(cut, position, code->tokens, of.places, of.read, &code->values);
     if (cut == 0) {
       kernels::SparseRows terms;
       FirstTerms(position, code->tokens, of.places, of.read, &terms);

@@ -86,7 +86,7 @@ class KltCoder {
     std::vector<float> coefficients;  // [kBlockTokens][coefficients]
     std::vector<OfCut> cuts;
     kernels::SparseRows first;  // what the first cut says that predicts other groups
-    KltValues values;           // what all cuts say
+    KltValues values;           // what all cuts say; without those of the last, unless watched
   };
 
   size_t cuts() const { return cuts_.size(); }

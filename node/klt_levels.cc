@@ -109,10 +109,9 @@ float StepOf(KltToken token, float step) {
   return (token.finer & 1) != 0 ? whole * kHalf : whole;
 }
 
-void KltLevelsRead::Set(size_t i, int32_t level) {
-  const uint32_t folded = Folded(level);
+void KltLevelsRead::SetFolded(size_t i, uint32_t folded) {
   folded_[i] = static_cast<uint8_t>(std::min<uint32_t>(folded, kLarger));
-  if (folded >= kLarger) larger_.emplace_back(i, level);
+  if (folded >= kLarger) larger_.emplace_back(i, Unfolded(folded));
 }
 
 int32_t KltLevelsRead::Larger(size_t i) const {
@@ -183,8 +182,15 @@ void KltLevels::ValuesAt(size_t begin, std::span<const uint16_t> at, float step,
   const std::array<float, kKltSymbols>* const value = value_.data();
   for (size_t t = 0; t < at.size(); ++t) {
     const size_t i = at[t];
-    const bool usual = folded[i] < kKltSymbols && low_bits[i] == 0;
-    out[t] = step * (usual ? value[table[i]][folded[i]] : ValueAt(begin + i, read, places));
+    float of_level = 0;
+    if (low_bits[i] == 0 && folded[i] < kKltSymbols) {
+      of_level = value[table[i]][folded[i]];
+    } else if (low_bits[i] > 0 && folded[i] < KltLevelsRead::kLarger) {
+      of_level = static_cast<float>(Unfolded(folded[i]));
+    } else {
+      of_level = ValueAt(begin + i, read, places);
+    }
+    out[t] = step * of_level;
   }
 }
 
@@ -246,9 +252,8 @@ void KltLevels::Write(const KltLevelsRead& levels, const KltPlaces& places,
   BitWriter low;
   for (size_t i = 0; i < levels.size(); ++i) {
     const KltPlace place = places.At(i);
-    const int32_t level = levels.Level(i);
-    const uint32_t folded = Folded(level);
-    symbols[i] = SymbolOf(level, place);
+    const uint32_t folded = levels.FoldedLevel(i);
+    symbols[i] = SymbolOfFolded(folded, place);
     if (symbols[i] == kEscape) low.Put(folded >> place.low_bits, kEscapeBits);
     if (place.low_bits > 0) low.Put(folded & ((1U << place.low_bits) - 1), place.low_bits);
   }
@@ -296,7 +301,7 @@ Status KltLevels::Read(std::span<const std::byte> in, const KltPlaces& places,
       if (folded > 2U * static_cast<uint32_t>(kKltLargestLevel)) {
         return Malformed("a level is too large");
       }
-      read->Set(at, Unfolded(static_cast<uint32_t>(folded)));
+      read->SetFolded(at, static_cast<uint32_t>(folded));
     }
   }
   if (!low.AtEnd()) return Malformed("bytes are left over");

@@ -89,9 +89,13 @@ class KltLevelsRead {
     larger_.clear();
   }
   // REQUIRES: i ascends from call to call.
-  void Set(size_t i, int32_t level);
+  void Set(size_t i, int32_t level) { SetFolded(i, Folded(level)); }
+  void SetFolded(size_t i, uint32_t folded);
   size_t size() const { return folded_.size() - kPadding; }
   int32_t Level(size_t i) const { return folded_[i] < kLarger ? Unfolded(folded_[i]) : Larger(i); }
+  uint32_t FoldedLevel(size_t i) const {
+    return folded_[i] < kLarger ? folded_[i] : Folded(Larger(i));
+  }
   // The level folded, as far as a byte says it.
   uint8_t FoldedByte(size_t i) const { return folded_[i]; }
   // Where levels from `begin` to before `end` are not 0: writes their places less `begin` to `at`,
@@ -165,9 +169,12 @@ class KltLevels {
   // The same of the levels at begin + at[count], times a step.
   void ValuesAt(size_t begin, std::span<const uint16_t> at, float step, const KltLevelsRead& read,
                 const KltPlaces& places, float* out) const;
-  // The symbol that a level has.
+  // The symbol that a level has, and one that is folded.
   uint8_t SymbolOf(int32_t level, KltPlace place) const {
-    const uint32_t high = std::min<uint32_t>(Folded(level) >> place.low_bits, kEscape);
+    return SymbolOfFolded(Folded(level), place);
+  }
+  uint8_t SymbolOfFolded(uint32_t folded, KltPlace place) const {
+    const uint32_t high = std::min<uint32_t>(folded >> place.low_bits, kEscape);
     // What calibration never saw has no frequency.
     return symbol_.empty() ? static_cast<uint8_t>(high)
                            : symbol_[static_cast<size_t>(place.table)][high];
