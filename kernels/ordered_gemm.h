@@ -17,6 +17,7 @@
 // whose largest is below 2^-100 counts as zeros. The bits depend on as little as those above.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -130,11 +131,22 @@ class SparseRows {
     *inputs = inputs_.data() + held;
     *factors = factors_.data() + held;
   }
+  // The first `count` terms of another one's row, whose inputs are as many more here.
+  void AddFrom(const SparseRows& other, size_t row, size_t count, size_t more) {
+    const size_t from = other.begin_[row];
+    uint16_t* inputs = nullptr;
+    float* factors = nullptr;
+    Append(count, &inputs, &factors);
+    for (size_t t = 0; t < count; ++t)
+      inputs[t] = static_cast<uint16_t>(other.inputs_[from + t] + more);
+    std::copy_n(other.factors_.data() + from, count, factors);
+  }
   void EndRow() { begin_.push_back(static_cast<uint32_t>(inputs_.size())); }
 
   size_t rows() const { return begin_.size() - 1; }
   // All rows' terms; those of row r are [begin()[r], begin()[r + 1]).
   size_t terms() const { return inputs_.size(); }
+  size_t terms_of(size_t row) const { return begin_[row + 1] - begin_[row]; }
   const uint32_t* begin() const { return begin_.data(); }
   const uint16_t* inputs() const { return inputs_.data(); }
   const float* factors() const { return factors_.data(); }

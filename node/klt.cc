@@ -173,8 +173,7 @@ void KltCoder::Rebuild(size_t group, const KltSide& side,
       for (const int of : sources) {
         const auto source = static_cast<size_t>(of);
         const kernels::SparseRows& from = first[source];
-        for (size_t t = from.begin()[token]; t < from.begin()[token + 1]; ++t)
-          terms.Add(offset + from.inputs()[t], from.factors()[t]);
+        terms.AddFrom(from, token, from.terms_of(token), offset);
         offset += static_cast<size_t>(SourceCoefficients(transform_.bases[source]));
       }
       terms.EndRow();
@@ -305,9 +304,10 @@ kernels::SparseRows KltCoder::Leading(size_t group, const kernels::SparseRows& f
   const auto count = static_cast<size_t>(SourceCoefficients(transform_.bases[group]));
   kernels::SparseRows leading;
   for (size_t token = 0; token < first.rows(); ++token) {
-    for (size_t t = first.begin()[token]; t < first.begin()[token + 1]; ++t) {
-      if (first.inputs()[t] < count) leading.Add(first.inputs()[t], first.factors()[t]);
-    }
+    const uint16_t* const inputs = first.inputs() + first.begin()[token];
+    const uint16_t* const end = inputs + first.terms_of(token);
+    leading.AddFrom(first, token,
+                    static_cast<size_t>(std::lower_bound(inputs, end, count) - inputs), 0);
     leading.EndRow();
   }
   return leading;
