@@ -189,7 +189,7 @@ void OrderedMultiply(const OrderedProduct& product) {
 
 void CodedMultiply(const Implementation& kernels, const OrderedProduct& product) {
   const OrderedWeights& weights = product.weights;
-  KV_CHECK(product.start == nullptr && product.first_input == 0 &&
+  KV_CHECK(product.start == nullptr && product.starts == nullptr && product.first_input == 0 &&
            product.inputs == weights.inputs());
   const auto rows = static_cast<size_t>(product.rows);
   // Factors are written 16 at a time.
@@ -262,7 +262,7 @@ void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x,
   thread_local std::vector<float> dense_x;      // [rows][run]
   thread_local std::vector<uint32_t> in_front;  // [rows], the first term that is in it or behind it
   thread_local std::vector<uint32_t> behind;    // [rows], the first term that is behind it
-  dense_x.assign(x.rows() * run, 0);
+  dense_x.resize(std::max(dense_x.size(), x.rows() * run));
   in_front.resize(x.rows());
   behind.resize(x.rows());
   size_t front_terms = 0;
@@ -272,19 +272,21 @@ void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x,
     while (t < x.begin()[r + 1] && x.inputs()[t] < dense) ++t;
     in_front[r] = t;
     front_terms += t - x.begin()[r];
-    for (; t < x.begin()[r + 1] && x.inputs()[t] < dense_end; ++t)
-      dense_x[r * run + x.inputs()[t] - dense] = x.factors()[t];
+    float* const row = dense_x.data() + r * run;
+    size_t filled = 0;
+    for (; t < x.begin()[r + 1] && x.inputs()[t] < dense_end; ++t) {
+      const size_t at = x.inputs()[t] - dense;
+      while (filled < at) row[filled++] = 0;
+      row[filled++] = x.factors()[t];
+    }
+    std::fill(row + filled, row + run, 0.0F);
     behind[r] = t;
     dense_terms += t - in_front[r];
   }
-  const auto outputs = static_cast<size_t>(weights.outputs());
   if (front_terms > 0) {
     terms.end = in_front.data();
     add(front_terms, begin, dense);
-  } else {
-    for (size_t r = 0; start != nullptr && r < x.rows(); ++r) {
-      if (start[r] != out + r * outputs) std::copy_n(start[r], outputs, out + r * outputs);
-    }
+    start = nullptr;
   }
   OrderedMultiply({.weights = weights,
                    .x = dense_x.data(),
@@ -293,7 +295,8 @@ void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x,
                    .inputs = static_cast<int>(run),
                    .end_output = weights.outputs(),
                    .start = out,
-                   .start_stride = outputs,
+                   .start_stride = static_cast<size_t>(weights.outputs()),
+                   .starts = start,
                    .out = out});
   if (dense_end == end) return;
   terms = SparseTerms(x);

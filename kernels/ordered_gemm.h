@@ -201,6 +201,9 @@ struct OrderedProduct {
   // and 0: at zeros. May be `out`.
   const float* start = nullptr;
   size_t start_stride = 0;
+  // nullptr, or where each row begins instead, [rows]: at row r of out, or what overlaps none of
+  // it. Then start is `out`.
+  const float* const* starts = nullptr;
   float* out = nullptr;  // [rows][weights.outputs()]
 };
 void OrderedMultiply(const OrderedProduct& product);

@@ -118,6 +118,14 @@ TEST(OrderedGemmTest, WeightsAreHalvedWhereNoBitIsLost) {
   }
 }
 
+// Where each row of numbers[rows][width] begins.
+std::vector<const float*> RowsIn(const std::vector<float>& numbers, int width) {
+  std::vector<const float*> rows;
+  for (size_t at = 0; at < numbers.size(); at += static_cast<size_t>(width))
+    rows.push_back(numbers.data() + at);
+  return rows;
+}
+
 TEST(OrderedGemmTest, SomeInputsMayBeLeftOut) {
   Random random(46);
   constexpr int kInputs = 1100;
@@ -152,6 +160,21 @@ TEST(OrderedGemmTest, SomeInputsMayBeLeftOut) {
                                           .out = out.data()});
         EXPECT_TRUE(SameBits(out, expected))
             << implementation->name << ": " << inputs << " from " << first;
+      }
+      const std::vector<const float*> starts = RowsIn(part.held, part.outputs);
+      for (const Implementation* implementation : All()) {
+        std::vector<float> out(part.held.size(), NAN);
+        implementation->ordered_multiply({.weights = weights,
+                                          .x = x.data(),
+                                          .rows = part.rows,
+                                          .first_input = first,
+                                          .inputs = inputs,
+                                          .end_output = part.outputs,
+                                          .start = out.data(),
+                                          .start_stride = static_cast<size_t>(part.outputs),
+                                          .starts = starts.data(),
+                                          .out = out.data()});
+        EXPECT_TRUE(SameBits(out, expected)) << implementation->name << ", begun elsewhere";
       }
       if (first != 0) continue;
       std::vector<float> out = part.held;
@@ -199,14 +222,6 @@ struct SparseCase {
   OrderedCase dense;
   SparseRows x;
 };
-// Where each row of numbers[rows][width] begins.
-std::vector<const float*> RowsIn(const std::vector<float>& numbers, int width) {
-  std::vector<const float*> rows;
-  for (size_t at = 0; at < numbers.size(); at += static_cast<size_t>(width))
-    rows.push_back(numbers.data() + at);
-  return rows;
-}
-
 SparseCase MakeSparseCase(int rows, int inputs, int outputs, bool bf16, int exponent, double share,
                           Random* random) {
   SparseCase made{MakeOrderedCase(rows, inputs, outputs, bf16, exponent, random), {}};
