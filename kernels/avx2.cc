@@ -48,6 +48,7 @@ void QuadDotAll(const QuadDot& dot) { QuadDotPairs(dot); }
 
 namespace kvant::kernels {
 namespace {
+#include "kernels/table.inc"
 
 bool RunsHere() {
   return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0;
@@ -55,30 +56,7 @@ bool RunsHere() {
 
 }  // namespace
 
-const Implementation kAvx2 = {
-    "avx2",
-    RunsHere,
-    TileEncode,
-    TileDecode,
-    AttendTileAny,
-    AttendRawTokens,
-    OrderedMultiplyAll,
-    OrderedAddSparse,
-    FactorRowsAll,
-    CodedMultiplyAll,
-    RmsNormRows,
-    GateAll<Silu>,
-    GateAll<GeluTanh>,
-    SoftmaxAll,
-    RotateAll<Turn>,
-    RotateAll<TurnBack>,
-    RansEncodeAll,
-    RansDecodeWide,
-    NotZero,
-    RoundLevels,
-    LosslessTops,
-    LosslessSplit,
-    LosslessMerge,
-};
+constinit const Implementation kAvx2 =
+    MakeImplementation("avx2", RunsHere, RansEncodeAll, RansDecodeWide);
 
 }  // namespace kvant::kernels

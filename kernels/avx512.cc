@@ -52,6 +52,7 @@ namespace {
 
 namespace kvant::kernels {
 namespace {
+#include "kernels/table.inc"
 
 bool RunsHere() {
   return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
@@ -60,30 +61,7 @@ bool RunsHere() {
 
 }  // namespace
 
-const Implementation kAvx512 = {
-    "avx512",
-    RunsHere,
-    TileEncode,
-    TileDecode,
-    AttendTileAny,
-    AttendRawTokens,
-    OrderedMultiplyAll,
-    OrderedAddSparse,
-    FactorRowsAll,
-    CodedMultiplyAll,
-    RmsNormRows,
-    GateAll<Silu>,
-    GateAll<GeluTanh>,
-    SoftmaxAll,
-    RotateAll<Turn>,
-    RotateAll<TurnBack>,
-    RansEncodeWide,
-    RansDecodeWide,
-    NotZero,
-    RoundLevels,
-    LosslessTops,
-    LosslessSplit,
-    LosslessMerge,
-};
+constinit const Implementation kAvx512 =
+    MakeImplementation("avx512", RunsHere, RansEncodeWide, RansDecodeWide);
 
 }  // namespace kvant::kernels

@@ -22,32 +22,10 @@ namespace {
 #include "kernels/ordered_gemm_scalar.inc"
 #include "kernels/quad_dot_scalar.inc"
 #include "kernels/round_levels.inc"
+#include "kernels/table.inc"
 }  // namespace
 
-const Implementation kScalar = {
-    "scalar",
-    [] { return true; },
-    TileEncode,
-    TileDecode,
-    AttendTileAny,
-    AttendRawTokens,
-    OrderedMultiplyAll,
-    OrderedAddSparse,
-    FactorRowsAll,
-    CodedMultiplyAll,
-    RmsNormRows,
-    GateAll<Silu>,
-    GateAll<GeluTanh>,
-    SoftmaxAll,
-    RotateAll<Turn>,
-    RotateAll<TurnBack>,
-    RansEncodeAll,
-    RansDecodeAll,
-    NotZero,
-    RoundLevels,
-    LosslessTops,
-    LosslessSplit,
-    LosslessMerge,
-};
+constinit const Implementation kScalar = MakeImplementation(
+    "scalar", [] { return true; }, RansEncodeAll, RansDecodeAll);
 
 }  // namespace kvant::kernels
