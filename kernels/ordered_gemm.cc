@@ -305,16 +305,10 @@ void OrderedMultiplyAdd(const OrderedWeights& weights, const SparseRows& x,
 }
 
 void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, float* out) {
-  OrderedMultiplyAdd(weights, x, rows, weights.inputs(), out);
-}
-
-void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, int inputs,
-                        float* out) {
-  KV_DCHECK(inputs >= 1 && inputs <= weights.inputs());
   OrderedMultiply({.weights = weights,
                    .x = x,
                    .rows = rows,
-                   .inputs = inputs,
+                   .inputs = weights.inputs(),
                    .end_output = weights.outputs(),
                    .start = out,
                    .start_stride = static_cast<size_t>(weights.outputs()),

@@ -104,11 +104,6 @@ void OrderedMultiply(const OrderedWeights& weights, const float* x, int rows, co
                      int outputs, float* out);
 // The same, begun at what out holds.
 void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, float* out);
-// The same where the inputs from `inputs` on are zeros, which x[rows][inputs] leaves out.
-// REQUIRES: 1 <= inputs <= weights.inputs().
-void OrderedMultiplyAdd(const OrderedWeights& weights, const float* x, int rows, int inputs,
-                        float* out);
-
 // Rows of which most numbers are 0: those that are not. Value; what a row holds is appended before
 // the next one begins.
 class SparseRows {

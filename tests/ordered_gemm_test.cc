@@ -176,10 +176,6 @@ TEST(OrderedGemmTest, SomeInputsMayBeLeftOut) {
                                           .out = out.data()});
         EXPECT_TRUE(SameBits(out, expected)) << implementation->name << ", begun elsewhere";
       }
-      if (first != 0) continue;
-      std::vector<float> out = part.held;
-      OrderedMultiplyAdd(weights, x.data(), part.rows, inputs, out.data());
-      EXPECT_TRUE(SameBits(out, expected));
     }
   }
 }
