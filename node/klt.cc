@@ -284,9 +284,11 @@ void KltCoder::FirstTerms(int position, std::span<const KltToken> tokens, const 
     uint16_t* input = nullptr;
     float* factor = nullptr;
     terms->Append(count, &input, &factor);
-    levels_.ValuesAt(begin, std::span(at).first(count), step, read, places, factor);
     const size_t first = places.first[token];
-    for (size_t t = 0; t < count; ++t) input[t] = at[t] < first ? at[t] : other[at[t] - first];
+    for (size_t t = 0; t < count; ++t) {
+      input[t] = at[t] < first ? at[t] : other[at[t] - first];
+      factor[t] = levels_.ValueAt(begin + at[t], read, places) * step;
+    }
     other += end - begin - first;
     terms->EndRow();
     begin = end;

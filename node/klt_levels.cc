@@ -174,26 +174,6 @@ KltLevels::KltLevels(const KltStatistics& statistics) : mean_(statistics.mean) {
   decode_tables_.Assign(statistics.tables);
 }
 
-void KltLevels::ValuesAt(size_t begin, std::span<const uint16_t> at, float step,
-                         const KltLevelsRead& read, const KltPlaces& places, float* out) const {
-  const uint8_t* const folded = read.folded_.data() + begin;
-  const uint8_t* const table = places.table.data() + begin;
-  const uint8_t* const low_bits = places.low_bits.data() + begin;
-  const std::array<float, kKltSymbols>* const value = value_.data();
-  for (size_t t = 0; t < at.size(); ++t) {
-    const size_t i = at[t];
-    float of_level = 0;
-    if (low_bits[i] == 0 && folded[i] < kKltSymbols) {
-      of_level = value[table[i]][folded[i]];
-    } else if (low_bits[i] > 0 && folded[i] < KltLevelsRead::kLarger) {
-      of_level = static_cast<float>(Unfolded(folded[i]));
-    } else {
-      of_level = ValueAt(begin + i, read, places);
-    }
-    out[t] = step * of_level;
-  }
-}
-
 float KltLevels::Bits(int32_t level, KltPlace place) const {
   return bits_[static_cast<size_t>(place.table)][SymbolOf(level, place)];
 }

@@ -163,12 +163,11 @@ class KltLevels {
   // The same of the level at i.
   float ValueAt(size_t i, const KltLevelsRead& read, const KltPlaces& places) const {
     const uint8_t folded = read.FoldedByte(i);
-    return folded < kKltSymbols && places.low_bits[i] == 0 ? value_[places.table[i]][folded]
-                                                           : Value(read.Level(i), places.At(i));
+    const bool plain = places.low_bits[i] == 0;
+    if (plain && folded < kKltSymbols) return value_[places.table[i]][folded];
+    if (!plain && folded < KltLevelsRead::kLarger) return static_cast<float>(Unfolded(folded));
+    return Value(read.Level(i), places.At(i));
   }
-  // The same of the levels at begin + at[count], times a step.
-  void ValuesAt(size_t begin, std::span<const uint16_t> at, float step, const KltLevelsRead& read,
-                const KltPlaces& places, float* out) const;
   // The symbol that a level has, and one that is folded.
   uint8_t SymbolOf(int32_t level, KltPlace place) const {
     return SymbolOfFolded(Folded(level), place);
