@@ -11,7 +11,6 @@
 #include <string>
 #include <string_view>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 namespace kvant {
@@ -37,8 +36,8 @@ inline std::string_view AsText(std::span<const std::byte> bytes) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-// Makes bytes of whatever stood in memory: who sets all of them anyway need not have zeros first,
-// which for as much as a block is a tenth of a millisecond with the pages that it touches.
+// Makes bytes of whatever stood in memory: for those of which all are set anyway, without zeros
+// first.
 struct UninitializedAllocator : std::allocator<std::byte> {
   template <typename T>
   struct rebind {
@@ -46,10 +45,6 @@ struct UninitializedAllocator : std::allocator<std::byte> {
     using other = UninitializedAllocator;
   };
   void construct(std::byte*) noexcept {}
-  template <typename... Args>
-  void construct(std::byte* at, Args&&... args) {
-    std::construct_at(at, std::forward<Args>(args)...);
-  }
 };
 using UninitializedBytes = std::vector<std::byte, UninitializedAllocator>;
 
