@@ -16,7 +16,8 @@ namespace {
 
 // Of one Poll, so that every endpoint has its turn.
 constexpr int kRecordsATurn = 1024;
-constexpr uint64_t kBytesATurn = uint64_t{8} << 20;
+// Then whoever polls uses what has landed, and the peer goes on meanwhile.
+constexpr uint64_t kBytesATurn = uint64_t{256} << 10;
 // Revoking waits for no more than a piece.
 constexpr uint64_t kPieceBytes = uint64_t{1} << 20;
 // Messages that wait for the peer to take some.

@@ -11,8 +11,11 @@
 namespace kvant::tcp {
 namespace {
 
-// A call moves at most this much before other endpoints get their turn.
-constexpr uint64_t kFairShareBytes = uint64_t{8} << 20;
+// A call sends at most this much before other endpoints get their turn,
+constexpr uint64_t kSendShareBytes = uint64_t{8} << 20;
+// and receives about this much: whoever polls verifies and answers what has landed while the peer
+// sends on. With all of many blocks received first, the two would take turns.
+constexpr uint64_t kReceiveShareBytes = uint64_t{256} << 10;
 constexpr size_t kMaxIovecs = 64;
 // One sendmsg takes at most this much: more would not fit the socket's buffer anyway.
 constexpr uint64_t kMaxBatchBytes = uint64_t{4} << 20;
@@ -121,7 +124,7 @@ bool BulkStream::SendMessage(std::span<const std::byte> message, bool now) {
 }
 
 Status BulkStream::Send() {
-  uint64_t budget = kFairShareBytes;
+  uint64_t budget = kSendShareBytes;
   while (writable_ && sending() && budget > 0) {
     std::array<iovec, kMaxIovecs> parts;
     size_t count = 0;
@@ -258,7 +261,7 @@ void BulkStream::Landed(size_t count) {
 
 Status BulkStream::Receive() {
   if (closing_) return ReceiveClosing();
-  uint64_t budget = kFairShareBytes;
+  uint64_t budget = kReceiveShareBytes;
   while (!peer_said_goodbye_) {
     // What is staged comes first: it was received first.
     const size_t staged = staged_end_ - staged_begin_;
