@@ -215,7 +215,7 @@ class AquaCoder final : public StateCoder {
       SetKvtcRows(model_, keys, true, first, end, &decoded);
       SetKvtcRows(model_, values, false, first, end, &decoded);
     }
-    sink(0, decoded, bits);
+    sink(0, decoded, {.bits = bits});
   }
 
  private:

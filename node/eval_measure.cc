@@ -126,7 +126,8 @@ bool Evaluator::HasClassForm(size_t source) const {
 }
 
 Result<Evaluator::Forms> Evaluator::ComputeForms(std::span<const int32_t> prefix) {
-  Forms forms{EncodedBlocks(&exact_class_), {}, {}, std::vector<double>(sources_.size())};
+  const std::vector<double> none(sources_.size());
+  Forms forms{EncodedBlocks(&exact_class_), {}, {}, none, none};
   std::vector<EncodedBlocks*> lossy;
   forms.read.reserve(sources_.size());  // pointers into it are kept
   std::optional<PrefixState> state;
@@ -143,10 +144,11 @@ Result<Evaluator::Forms> Evaluator::ComputeForms(std::span<const int32_t> prefix
       PrefillBlocks(&decoder_, prefix, &forms.exact, lossy, state.has_value() ? &*state : nullptr));
   for (size_t i = 0; i < sources_.size() && !prefix.empty(); ++i) {
     if (sources_[i].coder == nullptr || sources_[i].wire != 0) continue;
-    sources_[i].coder->Code(*state, [&](size_t wire, const PrefixState& decoded, uint64_t bits) {
+    sources_[i].coder->Code(*state, [&](size_t wire, const PrefixState& decoded, CodedSize size) {
       forms.read[i + wire].AppendState(decoded);
       forms.coded_bits[i + wire] =
-          static_cast<double>(bits) / static_cast<double>(decoded.elements());
+          static_cast<double>(size.bits) / static_cast<double>(decoded.elements());
+      forms.coded_manifest_bytes[i + wire] = static_cast<double>(size.manifest_bytes);
     });
   }
   state.reset();
@@ -303,10 +305,10 @@ Status Evaluator::AddWindow(const EvalWindow& window) {
   if (measures_.manifest_bytes.empty()) {
     for (const size_t of : source_of_) {
       const EncodedBlocks& blocks = IsExact(of) ? forms.exact : forms.read[of];
-      // What a coder stores is no block of the tier.
-      const bool none = sources_[of].coder != nullptr;
-      measures_.manifest_bytes.push_back(
-          none ? 0.0 : static_cast<double>(blocks.ManifestBytes(window.prefix)) / blocks.blocks());
+      const double bytes = sources_[of].coder != nullptr
+                               ? forms.coded_manifest_bytes[of]
+                               : static_cast<double>(blocks.ManifestBytes(window.prefix));
+      measures_.manifest_bytes.push_back(bytes / blocks.blocks());
     }
   }
   return OkStatus();

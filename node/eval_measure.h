@@ -67,7 +67,8 @@ struct EvalMeasures {
   // [window]: behind another place's prefix, of windows that have one.
   std::vector<std::optional<double>> stranger_loss;
   std::vector<PasskeyPlace> places;  // [prompt]
-  // [setting]: of one block, mean over the first window's prefix.
+  // [setting]: of one block, mean over the first window's prefix; 0 of coders whose blocks are not
+  // the tier's.
   std::vector<double> manifest_bytes;
   // [setting][window]: what coders stored of an element of the window's prefix, bits; 0 of codecs,
   // whose layout says it.
@@ -128,9 +129,10 @@ class Evaluator {
   // One prefix in every form. Raw's forms are the exact one.
   struct Forms {
     EncodedBlocks exact;
-    std::vector<EncodedBlocks> read;      // [source]
-    std::vector<EncodedBlocks> in_class;  // [source]
-    std::vector<double> coded_bits;       // [source], an element; 0 of codecs
+    std::vector<EncodedBlocks> read;           // [source]
+    std::vector<EncodedBlocks> in_class;       // [source]
+    std::vector<double> coded_bits;            // [source], an element; 0 of codecs
+    std::vector<double> coded_manifest_bytes;  // [source], of all blocks; 0 of codecs
   };
   // Sees the logits of a suffix's tokens [at, at + rows) of one lane: [rows][vocab]. Valid until
   // the same lane's next ones for lane 0, for the call otherwise.

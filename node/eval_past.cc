@@ -107,7 +107,7 @@ Status PrefillCoded(Decoder* decoder, const ModelConfig& config, std::span<const
           return OkStatus();
         },
         nullptr));
-    coder.Code(state, [&](size_t wire, const PrefixState& decoded, uint64_t) {
+    coder.Code(state, [&](size_t wire, const PrefixState& decoded, CodedSize) {
       into[wire].AppendState(decoded);
     });
   }

@@ -81,7 +81,7 @@ class GgmlCoder final : public StateCoder {
       bits += RoundTrip(values_, Row(exact.values(layer), tokens * exact.value_width()),
                         decoded.values(layer));
     }
-    sink(0, decoded, bits);
+    sink(0, decoded, {.bits = bits});
   }
 
  private:

@@ -50,7 +50,7 @@ class KiviCoder final : public StateCoder {
       }
       bits += KeepHalf(values + coded_values * value_width, (tokens - coded_values) * value_width);
     }
-    sink(0, decoded, bits);
+    sink(0, decoded, {.bits = bits});
   }
 
  private:

@@ -5,7 +5,9 @@
 #include <utility>
 
 #include "base/check.h"
+#include "cache_service/manifest.h"
 #include "node/klt.h"
+#include "node/stored_form.h"
 
 namespace kvant::node {
 namespace {
@@ -64,7 +66,7 @@ class KltStateCoder final : public StateCoder {
     PrefixState decoded(model_.config(), exact.token_ids(), exact.first_position());
     for (size_t wire = 0; wire < readings_.size(); ++wire) {
       const KltCoder& coder = coders_[readings_[wire].coder];
-      uint64_t bits = 0;
+      CodedSize size;
       for (int at = 0; at < exact.tokens(); at += kBlockTokens) {
         const int position = exact.first_position() + at;
         const KltCoder::Rows& of_block = rows[static_cast<size_t>(at / kBlockTokens)];
@@ -72,6 +74,7 @@ class KltStateCoder final : public StateCoder {
         KltCoder::Extents extents;
         const KltSide side = KltSide::OfEntering(&coder, entering);
         coder.Encode(side, position, of_block, &extents);
+        size.manifest_bytes += ManifestBytes(coder, extents);
         // What is measured is what a reader gets out of the bytes, or computes.
         KltCoder::Rows made = of_block;
         KltReader reader(&coder, side, position);
@@ -79,7 +82,7 @@ class KltStateCoder final : public StateCoder {
           std::vector<std::span<const std::byte>> read;
           for (size_t cut = 0; cut < readings_[wire].cuts; ++cut) {
             read.emplace_back(extents[cut][group]);
-            bits += 8 * read.back().size();
+            size.bits += 8 * read.back().size();
           }
           KV_CHECK(reader.Read(group, read, &made).ok());
         }
@@ -90,11 +93,28 @@ class KltStateCoder final : public StateCoder {
                        decoded.values(layer) + static_cast<size_t>(at) * exact.value_width());
         }
       }
-      sink(wire, decoded, bits);
+      sink(wire, decoded, size);
     }
   }
 
  private:
+  // Of a block that stores these extents, as KltForm makes it.
+  static size_t ManifestBytes(const KltCoder& coder, const KltCoder::Extents& extents) {
+    BlockManifest manifest;
+    manifest.key.bytes[0] = std::byte{1};  // any
+    manifest.codec = static_cast<uint32_t>(FormTag::kKlt);
+    manifest.basis = coder.pack().digest;
+    manifest.token_count = kBlockTokens;
+    for (size_t cut = 0; cut < extents.size(); ++cut) {
+      for (size_t group = 0; group < extents[cut].size(); ++group) {
+        manifest.Append(static_cast<uint8_t>(Part::kState), static_cast<uint8_t>(cut),
+                        static_cast<uint16_t>(group),
+                        static_cast<uint8_t>(kernels::SegmentKind::kLatent), extents[cut][group],
+                        coder.cut(cut).mean_kl);
+      }
+    }
+    return EncodeManifest(manifest).size();
+  }
   // Of the block of tokens from `at` on.
   static std::vector<float> Entering(const PrefixState& exact, const KltCoder& coder, size_t at) {
     const int recomputed = coder.transform().recomputed;

@@ -131,7 +131,7 @@ class KvtcCoder final : public StateCoder {
         bits += CodePart(keys, true, wire, first, end, &decoded);
         bits += CodePart(values, false, wire, first, end, &decoded);
       }
-      sink(wire, decoded, bits);
+      sink(wire, decoded, {.bits = bits});
     }
   }
 

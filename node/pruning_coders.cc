@@ -54,7 +54,7 @@ class ThinkCoder final : public StateCoder {
       std::transform(values, values + tokens * exact.value_width(), values, Half);
       bits += tokens * exact.value_width() * kHalfBits;
     }
-    sink(0, decoded, bits);
+    sink(0, decoded, {.bits = bits});
   }
 
  private:
@@ -108,7 +108,7 @@ class SparseCoder final : public StateCoder {
         }
       }
     }
-    sink(0, decoded, bits);
+    sink(0, decoded, {.bits = bits});
   }
 
  private:

@@ -83,12 +83,18 @@ class PrefixState {
 // Queries that ThinK looks at (window_size of NVIDIA/kvpress think_press.py).
 inline constexpr int kObservedQueries = 32;
 
+// What a coder stores of a state.
+struct CodedSize {
+  uint64_t bits = 0;            // all metadata counted but manifests
+  uint64_t manifest_bytes = 0;  // of all blocks, of coders whose blocks are the tier's
+};
+
 // One baseline. Immutable; borrows nothing but what its maker says.
 class StateCoder {
  public:
-  // What a reader has of a prefix at one wire, and the bits that were stored for it, all metadata
-  // counted. `decoded` has the shape of what was coded and is valid for the call.
-  using Sink = std::function<void(size_t wire, const PrefixState& decoded, uint64_t bits)>;
+  // What a reader has of a prefix at one wire, and what was stored for it. `decoded` has the shape
+  // of what was coded and is valid for the call.
+  using Sink = std::function<void(size_t wire, const PrefixState& decoded, CodedSize size)>;
 
   virtual ~StateCoder() = default;
   virtual std::string_view name() const = 0;

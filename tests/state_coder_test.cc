@@ -103,10 +103,10 @@ Coded CodeWith(const std::string& name, const Model& model, const PrefixState& s
   const Result<std::unique_ptr<StateCoder>> coder = Make(name, model);
   EXPECT_TRUE(coder.ok()) << coder.status().message();
   Coded coded;
-  (*coder)->Code(state, [&](size_t wire, const PrefixState& decoded, uint64_t bits) {
+  (*coder)->Code(state, [&](size_t wire, const PrefixState& decoded, CodedSize size) {
     EXPECT_EQ(wire, coded.bits.size());
     coded.decoded.push_back(decoded);
-    coded.bits.push_back(bits);
+    coded.bits.push_back(size.bits);
   });
   EXPECT_EQ(coded.bits.size(), (*coder)->wires().size());
   return coded;
