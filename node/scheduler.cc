@@ -381,7 +381,7 @@ void Scheduler::FinishWithError(Sequence* sequence, const Status& status) {
 }
 
 void Scheduler::CloseConversation(Sequence* sequence) {
-  bool goes_on = options_.store_all_answers;
+  bool goes_on = options_.store_all_answers && HereInFull(*sequence);
   if (!sequence->request.conversation.empty()) {
     Conversation& conversation = conversations_[ConversationName(sequence->request)];
     conversation.begun = true;
@@ -414,6 +414,13 @@ void Scheduler::CloseConversation(Sequence* sequence) {
     sequence->tokens = conversation.tokens;
   }
   if (goes_on && options_.store_answers) StoreAnswer(*sequence);
+}
+
+bool Scheduler::HereInFull(const Sequence& sequence) const {
+  const auto& blocks = sequence.supply->blocks;
+  return std::all_of(blocks.begin(), blocks.end(), [&](const CachedBlockPtr& block) {
+    return block->portion.cuts.Covers(block_class_->FullCuts());
+  });
 }
 
 void Scheduler::StoreAnswer(const Sequence& sequence) {

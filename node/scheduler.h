@@ -31,7 +31,8 @@ struct SchedulerOptions {
   Duration arrival_timeout = std::chrono::seconds(10);
   // Put what was generated into the store when a turn ends and the conversation goes on.
   bool store_answers = true;
-  // The same after every answer, whether or not a turn follows.
+  // The same after every answer, whether or not a turn follows, if that takes nothing from the
+  // tier: if what stands before is here at the full cut.
   bool store_all_answers = false;
 };
 
@@ -88,6 +89,8 @@ class Scheduler {
   void Finish(Sequence* sequence, FinishReason reason);
   void FinishWithError(Sequence* sequence, const Status& status);
   void CloseConversation(Sequence* sequence);
+  // Whether a sequence's blocks are here at the full cut, as blocks are computed over.
+  bool HereInFull(const Sequence& sequence) const;
   void StoreAnswer(const Sequence& sequence);
   void SealOpenTile(Sequence* sequence);
   bool RunBackground();

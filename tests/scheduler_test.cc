@@ -244,6 +244,22 @@ TEST(Scheduler, WhatWasGeneratedIsFoundByTheNextTurn) {
   EXPECT_EQ(TextsOf(continued), Reference("tile8", {next}));
 }
 
+TEST(Scheduler, AnAnswerIsNotStoredWhereMoreWouldBeFetchedForIt) {
+  NodeWorldOptions options = Cached();
+  options.node.wire = "k8v4";
+  options.node.local_cache_bytes = 0;
+  options.store_all_answers = true;
+  NodeWorld world(options);
+  const Request first = Ask("first", 200, 1);
+  world.Answer({first});
+  EXPECT_EQ(world.shard().stats().store.sealed, 3u);
+  // What was read in fewer bits is not read once more, in full, to compute the answer's block.
+  const Request again = Ask("again", 200, 80);
+  EXPECT_EQ(world.Answer({again}).front().cached_tokens, 192);
+  EXPECT_EQ(world.shard().stats().store.sealed, 3u);
+  EXPECT_EQ(world.shard().stats().payload_bytes_served, world.node().tier()->stats().fetched_bytes);
+}
+
 TEST(Scheduler, TenantsFindOnlyWhatTheirDomainStored) {
   NodeWorldOptions options = Cached();
   options.node.domains = {"shared=acme,zeta"};
