@@ -184,11 +184,14 @@ void BlockSupply::PlanSources(const SupplyJobPtr& job) {
   job->planned = true;
   std::vector<size_t> in_tier;
   std::vector<size_t> missing;
+  size_t unread = 0;
   for (size_t i = 0; i < job->keys.size(); ++i) {
     if (job->place[i] == Place::kHere) continue;
     const bool there = !job->found.empty() && block_class_->MayBe(job->found[i]);
+    if (!there && !job->found.empty() && job->found[i].state == LookupState::kPresent) ++unread;
     (there ? in_tier : missing).push_back(i);
   }
+  if (unread > 0) tier_->SawUnread(unread);
   const auto silent = std::count_if(job->found.begin(), job->found.end(), [](const auto& block) {
     return block.state == LookupState::kUnreachable;
   });

@@ -278,6 +278,15 @@ void TierLink::WarnUnread(const BlockManifest& manifest, const Status& status) {
                status.message());
 }
 
+void TierLink::SawUnread(size_t blocks) {
+  stats_.unread_blocks += blocks;
+  if (blocks == 0 || std::exchange(warned_of_rows_, true)) return;
+  spdlog::warn(
+      "{} blocks are recomputed, and so are others like them: they are stored in other cuts than "
+      "this node's; give all nodes of a tier the same --store, --cuts, --recompute and --also",
+      blocks);
+}
+
 void TierLink::Refuse(Operation* operation, size_t index, const Status& status) {
   const BlockArrival& arrival = operation->arrivals[index];
   if (status.code() == StatusCode::kDataLoss) {

@@ -27,7 +27,7 @@ struct TierStats {
   uint64_t fetched_blocks = 0;
   uint64_t fetched_bytes = 0;  // payload as it is stored, verified
   uint64_t failed_blocks = 0;  // unreachable, gone meanwhile, too late
-  uint64_t unread_blocks = 0;  // of those: stored in a form that this node does not read
+  uint64_t unread_blocks = 0;  // stored in a form that this node does not read
   uint64_t data_loss = 0;      // bytes that did not match their checksum, or were not well-formed
   uint64_t put_blocks = 0;
   uint64_t put_already_there = 0;
@@ -77,6 +77,8 @@ class TierLink {
 
   // REQUIRES: chain starts at a chain's block whose index is a multiple of kRunBlocks.
   void Lookup(std::span<const BlockKey> chain, LookupDone done);
+  // A lookup found so many blocks whose rows can't be those of this node's form.
+  void SawUnread(size_t blocks);
   // Fills blocks: moves what of their portions was not copied into them, and nothing else. False:
   // no buffer free now, try again after a Poll. REQUIRES: each block lacks something.
   bool Fetch(std::span<const BlockFetch> blocks, FetchDone done);
@@ -146,6 +148,7 @@ class TierLink {
   std::vector<ClientEvent> events_;
   std::vector<BlockDecoding::Outcome> decoded_;
   std::vector<std::pair<uint32_t, std::optional<Digest>>> warned_of_;
+  bool warned_of_rows_ = false;
   double decoders_ = 1;  // threads that decode beside each other
   bool entering_known_ = false;
   size_t held_ = 0;  // fetches that have ended, but for what awaits what enters it

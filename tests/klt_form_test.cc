@@ -325,5 +325,15 @@ TEST_P(KltExactTier, BlocksOfOtherCutsAreNotThere) {
   EXPECT_EQ(reader.node->tier()->stats().unread_blocks, kWatchedBlocks);
 }
 
+TEST_P(KltExactTier, NorAreThoseStoredPlain) {
+  const WatchedShard::Node writer = shard_.Connect("raw", kRoom, Model());
+  const SupplyJobPtr written = Supply(*writer.node, Wire::kFull);
+  const WatchedShard::Node reader = Node(&shard_, "coarse,exact");
+  EXPECT_EQ(BytesOf(*Supply(*reader.node, Wire::kFull)), BytesOf(*written));
+  EXPECT_EQ(reader.node->supply().stats().computed_blocks, kWatchedBlocks);
+  EXPECT_EQ(reader.node->tier()->stats().unread_blocks, kWatchedBlocks);
+  EXPECT_EQ(reader.node->tier()->stats().failed_blocks, 0u) << "nothing was fetched";
+}
+
 }  // namespace
 }  // namespace kvant::node
