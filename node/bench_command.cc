@@ -25,16 +25,6 @@ Duration ToDuration(double seconds) {
   return std::chrono::duration_cast<Duration>(std::chrono::duration<double>(seconds));
 }
 
-// rows: an array, each of which gets what every row says.
-Status WriteRows(const std::string& path, Json rows) {
-  for (Json& row : rows) {
-    row["cpu"] = kernels::CpuName();
-    row["openblas_core_type"] = kernels::BlasCoreType();
-    row["compiler"] = kernels::CompilerName();
-  }
-  return path.empty() ? OkStatus() : WriteFile(path, rows.dump(2) + "\n");
-}
-
 // `tokens` tokens of encoded keys and values drawn at random: speed does not depend on them.
 std::vector<CachedBlockPtr> RandomPast(const BlockClass& block_class, int tokens) {
   const kernels::PayloadLayout& layout = block_class.layout();
@@ -306,6 +296,15 @@ void BenchLinear(kernels::ThreadPool* pool, Duration each, Json* rows) {
 
 }  // namespace
 
+Status WriteBenchRows(const std::string& path, nlohmann::json rows) {
+  for (Json& row : rows) {
+    row["cpu"] = kernels::CpuName();
+    row["openblas_core_type"] = kernels::BlasCoreType();
+    row["compiler"] = kernels::CompilerName();
+  }
+  return path.empty() ? OkStatus() : WriteFile(path, rows.dump(2) + "\n");
+}
+
 Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv) {
   TransportBenchOptions bench;
   bench.backends = options.backends;
@@ -340,7 +339,7 @@ Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv)
                     {"plain_latency_us_p50", row.plain_latency_us_p50},
                     {"plain_cpu_s_per_gib", row.plain_cpu_s_per_gib}});
   }
-  KV_RETURN_IF_ERROR(WriteRows(options.json, json));
+  KV_RETURN_IF_ERROR(WriteBenchRows(options.json, json));
   return 0;
 }
 
@@ -369,7 +368,7 @@ Result<int> BenchService(const BenchOptions& options) {
                     {"us_p50", row.us_p50},
                     {"us_p99", row.us_p99}});
   }
-  KV_RETURN_IF_ERROR(WriteRows(options.json, json));
+  KV_RETURN_IF_ERROR(WriteBenchRows(options.json, json));
   return 0;
 }
 
@@ -442,7 +441,7 @@ Result<int> BenchKernels(const BenchOptions& options) {
     BenchLinear(&pool, each, &rows);
     if (threads == cores) break;
   }
-  KV_RETURN_IF_ERROR(WriteRows(options.json, rows));
+  KV_RETURN_IF_ERROR(WriteBenchRows(options.json, rows));
   return 0;
 }
 
@@ -501,7 +500,7 @@ Result<int> BenchNode(const BenchOptions& options) {
       if (context == longest) break;
     }
   }
-  KV_RETURN_IF_ERROR(WriteRows(options.json, rows));
+  KV_RETURN_IF_ERROR(WriteBenchRows(options.json, rows));
   return 0;
 }
 

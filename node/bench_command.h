@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,10 @@ struct BenchOptions {
   std::vector<int> sequences = {1};  // that decode at once
   std::vector<int> prompts;          // tokens of prompts that are computed whole
 };
+
+// Writes an array of rows, each of which gets what every row says: CPU, compiler, OpenBLAS's core
+// type. path: empty: nowhere.
+Status WriteBenchRows(const std::string& path, nlohmann::json rows);
 
 // Every backend beside a plain loop of its medium. argc, argv: for MPI, when started by mpirun.
 Result<int> BenchTransport(const BenchOptions& options, int* argc, char*** argv);

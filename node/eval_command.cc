@@ -58,7 +58,8 @@ Result<Cuts> CutsOfWire(const BlockClass& block_class, const std::string& wire) 
   const auto bits = ParseBits(wire);
   if (!bits.has_value()) {
     return InvalidArgument(
-        "unknown wire '{}' for eval: use full, or kNvM with bits of keys and values, e.g. k8v4, "
+        "unknown wire '{}' for eval: use full, the name of a cut of klt or of a baseline's wire, "
+        "or kNvM with bits of keys and values, e.g. k8v4, "
         "k4v4, k2v2",
         wire);
   }
@@ -286,9 +287,9 @@ Result<int> Eval(const EvalOptions& options) {
   KV_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model, Model::Load(options.model, form));
   KV_RETURN_IF_ERROR(CheckSizes(options, model->config()));
   std::shared_ptr<const KltPack> pack;
-  if (!options.pack.empty()) {
-    KV_ASSIGN_OR_RETURN(KltPack loaded, LoadKltPack(options.pack, *model));
-    pack = std::make_shared<const KltPack>(std::move(loaded));
+  const auto& codecs = options.codecs;
+  if (!options.pack.empty() || std::find(codecs.begin(), codecs.end(), "klt") != codecs.end()) {
+    KV_ASSIGN_OR_RETURN(pack, FindKltPack(options.pack, options.model, *model));
   }
   Calibration calibration;
   if (!options.calibration.empty()) {

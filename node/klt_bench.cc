@@ -13,12 +13,12 @@
 #include "kernels/implementation.h"
 #include "kernels/raw_codec.h"
 #include "kernels/thread_pool.h"
+#include "node/bench_command.h"
 #include "node/block_class.h"
 #include "node/eval_past.h"
 #include "node/eval_text.h"
 #include "node/klt.h"
 #include "node/klt_form.h"
-#include "node/requests.h"
 
 namespace kvant::node {
 namespace {
@@ -155,8 +155,8 @@ Result<int> BenchKlt(const KltBenchOptions& options) {
   KV_RETURN_IF_ERROR(kernels::LoadBlas());
   kernels::ThreadPool pool(1);
   KV_ASSIGN_OR_RETURN(const std::unique_ptr<Model> model, Model::Load(options.model));
-  KV_ASSIGN_OR_RETURN(KltPack loaded, LoadKltPack(options.pack, *model));
-  const auto pack = std::make_shared<const KltPack>(std::move(loaded));
+  KV_ASSIGN_OR_RETURN(const std::shared_ptr<const KltPack> pack,
+                      FindKltPack(options.pack, options.model, *model));
   KV_ASSIGN_OR_RETURN(const EvalText text, EvalText::Load(options.text, &model->tokenizer()));
   KV_ASSIGN_OR_RETURN(const std::vector<EvalWindow> windows, text.Windows({options.tokens, 2, 1}));
   const std::vector<int32_t>& tokens = windows[0].prefix;
@@ -214,10 +214,9 @@ Result<int> BenchKlt(const KltBenchOptions& options) {
                     {"bits_per_element", bits},
                     {"prefill_tokens_per_s", count / prefill_s},
                     {"encode_tokens_per_s", count / row.encode_s},
-                    {"decode_tokens_per_s", count / row.decode_s},
-                    {"openblas_core_type", kernels::BlasCoreType()}});
+                    {"decode_tokens_per_s", count / row.decode_s}});
   }
-  if (!options.json.empty()) KV_RETURN_IF_ERROR(WriteFile(options.json, json.dump(2) + "\n"));
+  KV_RETURN_IF_ERROR(WriteBenchRows(options.json, std::move(json)));
   return 0;
 }
 

@@ -9,7 +9,7 @@ namespace kvant::node {
 
 struct KltBenchOptions {
   std::string model;
-  std::string pack;
+  std::string pack;   // file; empty: the one beside the model
   std::string text;   // file
   int tokens = 1024;  // of the text, a multiple of the block
   std::string json;   // file; empty: only the table

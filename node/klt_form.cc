@@ -375,7 +375,12 @@ Result<StoredFormPtr> MakeKltForm(const Model* model, std::shared_ptr<const KltP
   }
   std::vector<size_t> held;
   for (const std::string_view name : named) {
-    KV_ASSIGN_OR_RETURN(held.emplace_back(), pack->FindCut(name));
+    const Result<size_t> cut = pack->FindCut(name);
+    if (!cut.ok()) {
+      return InvalidArgument("--cuts {}: {}; '{}' may stand last, with --codec raw", cuts,
+                             cut.status().message(), kExactCut);
+    }
+    held.push_back(*cut);
   }
   const bool beginning = held.size() <= pack->refining.size() &&
                          std::equal(held.begin(), held.end(), pack->refining.begin());

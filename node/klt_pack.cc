@@ -337,6 +337,22 @@ Result<size_t> KltPack::FindTransform(int recomputed) const {
       recomputed, fmt::join(known, ", "), recomputed);
 }
 
+Result<std::shared_ptr<const KltPack>> FindKltPack(const std::string& named,
+                                                   const std::filesystem::path& from,
+                                                   const Model& model) {
+  std::filesystem::path file = named;
+  if (named.empty()) file = std::filesystem::is_regular_file(from) ? from.parent_path() : from;
+  if (std::filesystem::is_directory(file) || named.empty()) file /= kDefaultPack;
+  if (!std::filesystem::is_regular_file(file)) {
+    return InvalidArgument(
+        "klt needs the model's codec pack, and there is no {}: name it with --pack, or make one "
+        "with kvant calibrate",
+        file.string());
+  }
+  KV_ASSIGN_OR_RETURN(KltPack pack, LoadKltPack(file, model));
+  return std::make_shared<const KltPack>(std::move(pack));
+}
+
 Result<KltPack> LoadKltPack(const std::filesystem::path& file, const Model& model) {
   KV_ASSIGN_OR_RETURN(const std::unique_ptr<MappedFile> mapped, MappedFile::Open(file));
   return ParseKltPack(mapped->bytes(), file.string(), model);

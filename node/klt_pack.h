@@ -102,6 +102,14 @@ struct KltPack {
 // REQUIRES: the bases of its sources are there.
 int InputsOf(const KltPack& pack, const KltTransform& transform, size_t group);
 
+// File of a model's codec pack in its directory.
+inline constexpr std::string_view kDefaultPack = "klt.safetensors";
+
+// Reads the pack that --pack names, a file or the folder of kDefaultPack; by default the one beside
+// the model. kInvalidArgument: there is none; else as LoadKltPack. from: where the model came from.
+Result<std::shared_ptr<const KltPack>> FindKltPack(const std::string& named,
+                                                   const std::filesystem::path& from,
+                                                   const Model& model);
 // kInvalidArgument names the file, and what is missing or malformed, or says that the pack is
 // another model's.
 Result<KltPack> LoadKltPack(const std::filesystem::path& file, const Model& model);

@@ -184,7 +184,8 @@ void AddEvalOptions(CLI::App* command, EvalOptions* eval) {
                       "Text that the model was not trained on (default: its own heldout.txt)");
   command->add_option("--texts", eval->texts,
                       "Folder with a subfolder of such texts for each kind, reported by itself");
-  command->add_option("--pack", eval->pack, "The model's codec pack, for the codec klt");
+  command->add_option("--pack", eval->pack,
+                      "Codec pack, for the codec klt (default: klt.safetensors beside the model)");
   command->add_option("--calibration", eval->calibration,
                       "Texts that the baselines kvtc and aqua learn their tables from");
   command
@@ -433,7 +434,8 @@ int Main(int argc, char** argv) {
   bench_klt_command
       ->add_option("--model", bench_klt.model, "Hugging Face model directory, or a GGUF file")
       ->required();
-  bench_klt_command->add_option("--pack", bench_klt.pack, "The model's codec pack")->required();
+  bench_klt_command->add_option("--pack", bench_klt.pack,
+                                "Codec pack (default: klt.safetensors beside the model)");
   bench_klt_command->add_option("--text", bench_klt.text, "Text to code")->required();
   bench_klt_command->add_option("--tokens", bench_klt.tokens, "Of the text, a multiple of 64")
       ->check(CLI::Range(kBlockTokens, 1 << 20))

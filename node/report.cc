@@ -293,6 +293,7 @@ Json MergeReport(const RunSetup& setup, std::span<const Json> ranks, const Compa
       {"weights", setup.weights},
       {"codec", setup.codec},
       {"store", setup.store},
+      {"cuts", setup.cuts.empty() ? Json(nullptr) : Json(setup.cuts)},
       {"wire", setup.wire},
       {"max_kl", setup.max_kl.has_value() ? Json(*setup.max_kl) : Json(nullptr)},
       {"transport", setup.transport},
@@ -364,6 +365,8 @@ Result<std::string> FormatReport(const Json& report, const Json* without_cache) 
     const double prompt = number("prompt_tokens");
     const auto share = [prompt](double tokens) { return 100.0 * Ratio(tokens, prompt); };
     const std::string store = report.value("store", "plain");
+    const Json cuts = report.value("cuts", Json());
+    const std::string held = cuts.is_null() ? "" : fmt::format(" ({})", cuts.get<std::string>());
     const std::string weights = report.value("weights", "exact");
     const Json max_kl = report.value("max_kl", Json());
     const std::string budget =
@@ -373,8 +376,8 @@ Result<std::string> FormatReport(const Json& report, const Json* without_cache) 
         report.at("model").get<std::string>(), weights == "exact" ? "" : " in " + weights,
         report.at("ranks").get<int>(), report.at("ranks") == 1 ? "" : "s",
         report.at("roles").get<std::string>(), report.at("codec").get<std::string>(),
-        store == "plain" ? "" : " stored " + store, report.at("transport").get<std::string>(),
-        report.at("wire").get<std::string>(), budget);
+        store == "plain" ? "" : " stored " + store + held,
+        report.at("transport").get<std::string>(), report.at("wire").get<std::string>(), budget);
     line("requests",
          fmt::format("{:.0f}, {:.0f} failed", number("requests"), number("failed_requests")));
     line("prompt tokens", fmt::format("{:.0f}", prompt));

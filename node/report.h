@@ -33,6 +33,7 @@ struct RunSetup {
   std::string weights = "exact";  // WeightFormName
   std::string codec;
   std::string store;  // StoredForm::name
+  std::string cuts;   // that its blocks hold (CutsOf); empty where it has none
   std::string wire;
   std::optional<double> max_kl;
   std::string transport;

@@ -350,8 +350,12 @@ Result<std::string> ReadFile(const std::string& path) {
 
 Status CheckWritable(const std::string& path) {
   if (path.empty()) return OkStatus();
-  const std::ofstream file(path, std::ios::binary | std::ios::app);
+  std::error_code ignored;
+  const bool was_there = std::filesystem::exists(path, ignored);
+  std::ofstream file(path, std::ios::binary | std::ios::app);
   if (!file) return InvalidArgument("cannot write '{}': {}", path, std::strerror(errno));
+  file.close();
+  if (!was_there) std::filesystem::remove(path, ignored);
   return OkStatus();
 }
 

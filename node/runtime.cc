@@ -46,26 +46,10 @@ Result<StoredFormPtr> MakeForm(const NodeOptions& options, const Model& model,
     }
     return StoredFormPtr(MakeStoredForm(options.store, attended));
   }
-  std::filesystem::path file = options.pack;
-  if (file.empty()) {
-    const std::filesystem::path at = options.model;
-    file = (std::filesystem::is_regular_file(at) ? at.parent_path() : at) / kDefaultPack;
-  }
-  if (!options.pack.empty() && !std::filesystem::is_regular_file(file)) {
-    return InvalidArgument("--pack {}: there is no such file; kvant calibrate makes a codec pack",
-                           options.pack);
-  }
-  if (options.pack.empty() && !std::filesystem::is_regular_file(file)) {
-    return InvalidArgument(
-        "--store klt needs the model's codec pack, and there is no {}: name it with --pack, or "
-        "make one with kvant calibrate",
-        file.string());
-  }
-  KV_ASSIGN_OR_RETURN(KltPack pack, LoadKltPack(file, model));
-  KV_ASSIGN_OR_RETURN(
-      StoredFormPtr form,
-      MakeKltForm(&model, std::make_shared<const KltPack>(std::move(pack)),
-                  options.cuts.empty() ? "fine" : options.cuts, options.recompute, attended));
+  KV_ASSIGN_OR_RETURN(std::shared_ptr<const KltPack> pack,
+                      FindKltPack(options.pack, options.model, model));
+  KV_ASSIGN_OR_RETURN(StoredFormPtr form, MakeKltForm(&model, std::move(pack), CutsOf(options),
+                                                      options.recompute, attended));
   if (options.also.empty()) return form;
   if (options.also == options.store)
     return InvalidArgument("--also {} is what --store says; use plain or lossless", options.also);
@@ -78,10 +62,9 @@ Result<Wire> ParseWireOrCut(std::string_view name, const StoredForm& form) {
   const auto found = std::find(cuts.begin(), cuts.end(), name);
   if (found == cuts.end()) {
     const Result<Wire> wire = ParseWire(name);
-    if (wire.ok() || cuts.empty()) return wire;
-    return InvalidArgument(
-        "unknown wire '{}': use full, auto, or one of the cuts that --cuts names: {}", name,
-        fmt::join(cuts, ", "));
+    if (cuts.empty() || (wire.ok() && (*wire == Wire::kFull || *wire == Wire::kAuto))) return wire;
+    return InvalidArgument("--wire {}: use full, auto, or one of the cuts that --cuts names: {}",
+                           name, fmt::join(cuts, ", "));
   }
   return static_cast<Wire>(static_cast<int>(Wire::kCut1) + (found - cuts.begin()));
 }
@@ -96,6 +79,11 @@ Status CheckBudgetFlags(const NodeOptions& options) {
 }
 
 }  // namespace
+
+std::string_view CutsOf(const NodeOptions& options) {
+  if (options.store != "klt") return {};
+  return options.cuts.empty() ? "fine" : std::string_view(options.cuts);
+}
 
 std::string_view WireOf(const NodeOptions& options) {
   if (!options.wire.empty()) return options.wire;

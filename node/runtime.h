@@ -26,16 +26,13 @@
 
 namespace kvant::node {
 
-// File of a model's codec pack in its directory.
-inline constexpr std::string_view kDefaultPack = "klt.safetensors";
-
 // What the flags of `kvant run` and `kvant generate` have in common.
 struct NodeOptions {
   std::string model;
   std::string weights = "exact";  // WeightFormName
   std::string codec = "tile8";
   std::string store = "plain";   // StoredForm
-  std::string pack;              // of --store klt; empty: the model directory's kDefaultPack
+  std::string pack;              // of --store klt; empty: the one beside the model
   std::string cuts;              // of the pack's, that a block of --store klt holds; empty: fine
   std::vector<int> recompute;    // layers, of the pack's, that its blocks also have cuts for
   std::string also;              // plain or lossless: its blocks hold that besides; or empty
@@ -52,6 +49,8 @@ struct NodeOptions {
   int max_batch = 8;
 };
 
+// What --cuts stands for; empty of blocks that have none.
+std::string_view CutsOf(const NodeOptions& options);
 // What NodeOptions::wire stands for.
 std::string_view WireOf(const NodeOptions& options);
 
