@@ -4,8 +4,9 @@
 //
 //   peer_bench redis|memcached|plain|memcpy ADDRESS SIZE OUTSTANDING SECONDS
 //
-// ADDRESS is HOST:PORT or the path of a Unix socket; `plain` and `memcpy` need none. Prints one
-// JSON object for get and one for put.
+// ADDRESS is HOST:PORT or the path of a Unix socket; `plain` and `memcpy` need none. Prints a JSON
+// object for get (of 64 keys in turn), one for put (of keys that were never there, into a store
+// that is full: first so many are put that it is) and one for overwrite (of the 64 keys).
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
 #include <sys/resource.h>
@@ -15,6 +16,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -26,6 +28,10 @@
 namespace {
 
 constexpr int kKeys = 64;
+// What scripts/bench-peers gives the stores, and some more.
+constexpr size_t kFillBytes = size_t{800} << 20;
+
+enum class Op { kGet, kPut, kOverwrite };
 
 [[noreturn]] void Die(const std::string& what) {
   std::fprintf(stderr, "peer_bench: %s: %s\n", what.c_str(), std::strerror(errno));
@@ -107,8 +113,10 @@ class Peer {
  public:
   Peer(std::string kind, int fd, size_t size)
       : kind_(std::move(kind)), stream_(fd), value_(size, 'v'), got_(size + 2) {}
-  void Ask(bool get, int key) {
-    const std::string name = "key" + std::to_string(key);
+  void Ask(Op op, uint64_t number) {
+    const bool get = op == Op::kGet;
+    const std::string name =
+        op == Op::kPut ? "new" + std::to_string(number) : "key" + std::to_string(number % kKeys);
     const std::string length = std::to_string(value_.size());
     if (kind_ == "redis") {
       if (get)
@@ -128,7 +136,8 @@ class Peer {
     stream_.Write(value_.data(), value_.size());
     stream_.Write("\r\n");
   }
-  void Await(bool get) {
+  void Await(Op op) {
+    const bool get = op == Op::kGet;
     if (kind_ == "plain") return stream_.Read(got_.data(), get ? value_.size() : 16);
     const std::string line = stream_.Line();
     if (!get) {
@@ -168,35 +177,39 @@ double Seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-void Print(const std::string& kind, bool get, size_t size, int outstanding, double took,
+void Print(const std::string& kind, Op op, size_t size, int outstanding, double took,
            std::vector<double>* latencies) {
   std::sort(latencies->begin(), latencies->end());
   const auto count = static_cast<double>(latencies->size());
   std::printf(
       "{\"peer\": \"%s\", \"op\": \"%s\", \"size_bytes\": %zu, \"outstanding\": %d, "
       "\"gb_per_s\": %.6f, \"us_p50\": %.2f}\n",
-      kind.c_str(), get ? "get" : "put", size, outstanding,
-      count * static_cast<double>(size) / took / 1e9, (*latencies)[latencies->size() / 2]);
+      kind.c_str(),
+      op == Op::kGet   ? "get"
+      : op == Op::kPut ? "put"
+                       : "overwrite",
+      size, outstanding, count * static_cast<double>(size) / took / 1e9,
+      (*latencies)[latencies->size() / 2]);
 }
 
-void Measure(const std::string& kind, Peer* peer, bool get, size_t size, int outstanding,
+void Measure(const std::string& kind, Peer* peer, Op op, size_t size, int outstanding,
              double seconds) {
   std::deque<double> asked;
   std::vector<double> latencies;
   const double begun = Seconds();
-  int key = 0;
+  uint64_t key = static_cast<uint64_t>(begun * 1e6);  // puts of another run had others
   while (true) {
     const bool over = Seconds() - begun >= seconds;
     if (over && asked.empty()) break;
     while (!over && static_cast<int>(asked.size()) < outstanding) {
       asked.push_back(Seconds());
-      peer->Ask(get, key++ % kKeys);
+      peer->Ask(op, key++);
     }
-    peer->Await(get);
+    peer->Await(op);
     latencies.push_back((Seconds() - asked.front()) * 1e6);
     asked.pop_front();
   }
-  Print(kind, get, size, outstanding, Seconds() - begun, &latencies);
+  Print(kind, op, size, outstanding, Seconds() - begun, &latencies);
 }
 
 // Copies out of as many values as a peer holds.
@@ -213,7 +226,7 @@ void MeasureMemcpy(size_t size, double seconds) {
     latencies.push_back((Seconds() - asked) * 1e6);
   }
   const double took = Seconds() - begun;
-  for (const bool get : {true, false}) Print("memcpy", get, size, 1, took, &latencies);
+  for (const Op op : {Op::kGet, Op::kPut}) Print("memcpy", op, size, 1, took, &latencies);
 }
 
 }  // namespace
@@ -254,11 +267,16 @@ int main(int argc, char** argv) {
     fd = Dial(argv[2]);
   }
   Peer peer(kind, fd, size);
-  for (int key = 0; key < kKeys; ++key) {
-    peer.Ask(false, key);
-    peer.Await(false);
-  }
-  for (const bool get : {true, false}) Measure(kind, &peer, get, size, outstanding, seconds);
+  const bool stores = kind != "plain";
+  const auto put = [&](Op op, uint64_t key) {
+    peer.Ask(op, key);
+    peer.Await(op);
+  };
+  for (uint64_t key = 0; key < kKeys; ++key) put(Op::kOverwrite, key);
+  Measure(kind, &peer, Op::kGet, size, outstanding, seconds);
+  if (stores) Measure(kind, &peer, Op::kOverwrite, size, outstanding, seconds);
+  for (uint64_t key = 0; stores && key < kFillBytes / size; ++key) put(Op::kPut, key);
+  Measure(kind, &peer, Op::kPut, size, outstanding, seconds);
   shutdown(fd, SHUT_RDWR);
   if (server.joinable()) server.join();
 }
