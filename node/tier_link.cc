@@ -280,7 +280,7 @@ void TierLink::WarnUnread(const BlockManifest& manifest, const Status& status) {
 
 void TierLink::SawUnread(size_t blocks) {
   stats_.unread_blocks += blocks;
-  if (blocks == 0 || std::exchange(warned_of_rows_, true)) return;
+  if (std::exchange(warned_of_rows_, true)) return;
   spdlog::warn(
       "{} blocks are recomputed, and so are others like them: they are stored in other cuts than "
       "this node's; give all nodes of a tier the same --store, --cuts, --recompute and --also",

@@ -77,7 +77,7 @@ class TierLink {
 
   // REQUIRES: chain starts at a chain's block whose index is a multiple of kRunBlocks.
   void Lookup(std::span<const BlockKey> chain, LookupDone done);
-  // A lookup found so many blocks whose rows can't be those of this node's form.
+  // A lookup found some blocks whose rows can't be those of this node's form.
   void SawUnread(size_t blocks);
   // Fills blocks: moves what of their portions was not copied into them, and nothing else. False:
   // no buffer free now, try again after a Poll. REQUIRES: each block lacks something.
